@@ -1,0 +1,1 @@
+"""Engines execute the frozen backbone; see `autodeco.engines.base` for their protocol."""

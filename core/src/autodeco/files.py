@@ -1,0 +1,213 @@
+"""Durable writes: everything is written beside its final name, synced, and renamed.
+
+A reader therefore sees the old content, the new content, or nothing; a kill or a full disk at any
+point leaves at most a temporary file, whose name begins with a dot and ends in ``.partial``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from autodeco.errors import EnvironmentProblem, WeightsError
+
+PARTIAL_SUFFIX = ".partial"
+_FICLONE = 0x40049409  # linux/fs.h: share the blocks of a file
+
+
+def _problem(error: OSError, path: Path) -> EnvironmentProblem:
+    fixes = {
+        errno.ENOSPC: "free some space, or choose another directory with --out; then run again",
+        errno.EDQUOT: "your quota is used up: free some space, then run again",
+        errno.EACCES: "make the directory writable, or choose another with --out",
+        errno.EPERM: "make the directory writable, or choose another with --out",
+        errno.EROFS: "the filesystem is read-only: choose another directory with --out",
+    }
+    return EnvironmentProblem(
+        f"cannot write: {error.strerror or error}",
+        where=str(path),
+        fix=fixes.get(error.errno or 0, "check the disk, then run the same command again"),
+    )
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> Path:
+    """Creates a directory and its parents.
+
+    Raises:
+        EnvironmentProblem: The directory cannot be created.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _problem(error, path) from error
+    return path
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a file's content in one step.
+
+    Raises:
+        EnvironmentProblem: The file cannot be written; the old content is intact.
+    """
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _problem(error, path) from error
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replaces a text file (UTF-8) in one step; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file in one step; see `atomic_write_bytes`."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary directory that becomes `final` when the block ends well.
+
+    Args:
+        final: The directory to appear; it must not exist unless `replace`.
+        replace: Put the new directory in the place of an existing one.
+
+    Raises:
+        EnvironmentProblem: It cannot be written, or `final` exists and `replace` is False.
+    """
+    if final.exists() and not replace:
+        raise EnvironmentProblem(
+            "the output directory exists already",
+            where=str(final),
+            fix="choose another output, or remove it first",
+        )
+    temporary = _temporary(final)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_tree(temporary)
+        if final.exists():
+            retired = _temporary(final)
+            os.rename(final, retired)
+            os.rename(temporary, final)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.rename(temporary, final)
+        _fsync(final.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _problem(error, final) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync_tree(directory: Path) -> None:
+    """Flushes every file and directory below `directory` to the disk."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            _fsync(Path(root, name))
+        _fsync(Path(root))
+
+
+def remove_partial(directory: Path) -> list[Path]:
+    """Removes what earlier, killed writers left in `directory`; returns what was removed."""
+    left = [path for path in directory.glob(f".*{PARTIAL_SUFFIX}") if directory.is_dir()]
+    for path in left:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return left
+
+
+def link_or_copy(source: Path, target: Path) -> Literal["hardlink", "reflink", "copy"]:
+    """Gives `target` the content of `source`, sharing its blocks where the filesystem can.
+
+    Symbolic links are resolved first (hub caches are full of them).
+
+    Returns:
+        How it was done: a hard link, a reflink (copy on write), or a full copy.
+
+    Raises:
+        EnvironmentProblem: None of the three worked.
+    """
+    source = source.resolve()
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return "hardlink"
+    if _reflink(source, target):
+        return "reflink"
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise _problem(error, target) from error
+    return "copy"
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on this platform
+        return False
+    try:
+        with source.open("rb") as reader, target.open("xb") as writer:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def read_json(path: Path, *, who: str | None = None) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        WeightsError: The file is missing, unreadable or malformed; the message has the line.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(
+            "the file is missing", who=who, where=str(path), fix="check the path"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise WeightsError(
+            f"malformed JSON: {error.msg}",
+            who=who,
+            where=f"{path}:{error.lineno}:{error.colno}",
+            fix="the file is damaged or was cut short: fetch or write it again",
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(
+            f"cannot read: {error}", who=who, where=str(path), fix="check the file"
+        ) from error
