@@ -1,0 +1,293 @@
+"""`Job`: everything that a run needs, frozen.
+
+One declaration serves the command line (an option a field), the configuration file (a key a field),
+``--dry-run`` (where each value came from), ``job.json`` and the job's hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from autodeco.errors import UsageError
+
+AUTO = "auto"
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    section: str,
+    result: bool = False,
+    choices: tuple[str, ...] = (),
+    flag: str | None = None,
+) -> Any:
+    """Declares a field: its help, its section, whether it changes the trained heads."""
+    metadata = {
+        "help": help,
+        "section": section,
+        "result": result,
+        "choices": choices,
+        "flag": flag,
+    }
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The resolved options of a run; each field's help says what it is.
+
+    `result` in a field's metadata marks what changes the trained heads: those fields make up the
+    job's hash, and a run that was begun with other values is not continued without
+    ``--allow-change``.
+    """
+
+    plugin: str | None = _option(None, "Plugin: a family's id or alias.", section="model")
+    preset: str | None = _option(
+        None, "Preset of the family: one size with its recipe.", section="model", result=True
+    )
+    model: Path | None = _option(
+        None, "Hugging Face checkpoint directory; default: the built-in model.", section="model"
+    )
+    engine: str = _option(
+        AUTO,
+        "What executes the backbone.",
+        section="model",
+        choices=(AUTO, "hf", "megatron", "streamed"),
+    )
+    device: str = _option(AUTO, "cpu, cuda or cuda:N.", section="model")
+    dtype: str = _option(
+        AUTO,
+        "Dtype of the backbone; auto: as stored (float32 on CPU).",
+        section="model",
+        choices=(AUTO, "float32", "bfloat16", "float16"),
+        result=True,
+    )
+    trust_remote_code: bool = _option(
+        False, "Run model code that comes with the checkpoint.", section="model"
+    )
+
+    data: Path | None = _option(
+        None, "Training data, JSONL; default: the built-in task.", section="data"
+    )
+    eval_data: Path | None = _option(
+        None, "Held-out data, JSONL; default: a split of --data.", section="data"
+    )
+    held_out: float = _option(
+        0.02, "Share of --data held out when there is no --eval-data.", section="data", result=True
+    )
+    max_length: int = _option(
+        6144, "Longer samples (tokens) are dropped and counted.", section="data", result=True
+    )
+    chat_template_kwargs: dict[str, Any] = _option(
+        {}, "JSON passed to the chat template.", section="data", result=True
+    )
+    eos_loss: bool = _option(
+        True,
+        "The end-of-turn token is in the loss.",
+        section="data",
+        result=True,
+        flag="--eos-loss/--no-eos-loss",
+    )
+
+    heads: str = _option(
+        "both",
+        "Which heads to train.",
+        section="heads",
+        choices=("both", "temperature", "top-p"),
+        result=True,
+    )
+    enhanced_features: bool = _option(
+        True,
+        "The top-p head reads four features of the distribution.",
+        section="heads",
+        result=True,
+        flag="--enhanced-features/--no-enhanced-features",
+    )
+    init_heads: Path | None = _option(
+        None, "Start from these heads (directory or file).", section="heads", result=True
+    )
+    save_dtype: str = _option(
+        "float32",
+        "Dtype of the saved heads.",
+        section="heads",
+        choices=("float32", "bfloat16", "float16"),
+    )
+
+    objective: str = _option(
+        "nll",
+        "Training objective: nll (ours, unweighted, exact logs), or one of the published three: "
+        "megatron, hf, paper.",
+        section="train",
+        choices=("nll", "megatron", "hf", "paper"),
+        result=True,
+    )
+    drop: float | None = _option(
+        None,
+        "Share of correctly predicted tokens that is dropped; default: the objective's own.",
+        section="train",
+        result=True,
+    )
+    recipe: str = _option(
+        "default",
+        "published: the published objective and schedule.",
+        section="train",
+        choices=("default", "published"),
+        result=True,
+    )
+    learning_rate: float = _option(1e-3, "Peak learning rate.", section="train", result=True)
+    min_learning_rate: float = _option(
+        1e-5, "Learning rate of the constant tail.", section="train", result=True
+    )
+    warmup_steps: int = _option(20, "Linear warm-up.", section="train", result=True)
+    constant_steps: int = _option(
+        0, "Steps at the minimum, at the end.", section="train", result=True
+    )
+    weight_decay: float = _option(0.0, "AdamW weight decay.", section="train", result=True)
+    clip: float = _option(1.0, "Gradient norm is clipped to this.", section="train", result=True)
+    global_batch: int = _option(32, "Samples a step.", section="train", result=True)
+    micro_batch_tokens: int = _option(
+        16384, "Padded tokens that go through the backbone at once.", section="train"
+    )
+    epochs: int = _option(1, "Passes over the data.", section="train", result=True)
+    max_steps: int | None = _option(None, "Stop after this many.", section="train", result=True)
+    seed: int = _option(0, "Seed of every random draw.", section="train", result=True)
+    save_every: int = _option(100, "Steps between checkpoints.", section="train")
+    keep: int = _option(2, "Newest checkpoints kept, beside the best.", section="train")
+    eval_every: int = _option(50, "Steps between held-out measurements.", section="train")
+    track: str = _option(
+        "none",
+        "Metrics also go to this tracker.",
+        section="train",
+        choices=("none", "tensorboard", "wandb"),
+    )
+    log_seconds: float = _option(
+        10.0, "Without a terminal, one progress line every N seconds.", section="train"
+    )
+
+    out: Path = _option(Path("runs"), "Directory of all runs.", section="run")
+    name: str | None = _option(None, "Name of the run; default: plugin-preset.", section="run")
+    resume: str = _option(
+        AUTO,
+        "auto: continue the newest unfinished run of this name and job; new; or a run's path.",
+        section="run",
+    )
+    allow_change: str = _option(
+        "", "Fields, by comma, that may differ from the resumed run's.", section="run"
+    )
+
+    checkpoint: str = _option("best", "Checkpoint to export: best, last or a step.", section="out")
+    merge: str = _option(
+        "native",
+        "Layout of the merged checkpoint.",
+        section="out",
+        choices=("native", "autodeco", "none"),
+    )
+    copy: bool = _option(
+        False, "Allow full copies of the base where it cannot be linked.", section="out"
+    )
+    problems: Path | None = _option(
+        None, "Problems to evaluate on, JSONL of problem and gt.", section="evaluate"
+    )
+    evaluate_problems: int = _option(256, "At most this many problems.", section="evaluate")
+    evaluate_samples: int = _option(1, "Answers a problem and setting.", section="evaluate")
+    max_new_tokens: int = _option(2048, "Longest answer.", section="evaluate")
+    evaluate_seed: int = _option(1234, "Seed of the sampling.", section="evaluate")
+
+    def replace(self, **changes: Any) -> Job:
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a JSON-serialisable mapping, itself a valid ``--config``."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+    def result_values(self) -> dict[str, Any]:
+        """Returns the fields that change the trained heads, as JSON values."""
+        values = self.to_json()
+        return {i.name: values[i.name] for i in dataclasses.fields(self) if i.metadata["result"]}
+
+    def digest(self, inputs: Mapping[str, str]) -> str:
+        """Returns the job's hash.
+
+        Args:
+            inputs: Digests of what the job reads (model, data, eval_data, plugin).
+        """
+        text = json.dumps([self.result_values(), dict(sorted(inputs.items()))], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, where: str) -> Job:
+        """Builds a job from plain values; see `coerce_values`."""
+        return cls(**coerce_values(values, where=where))
+
+
+def coerce_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Checks the keys and types of job values that come from a file or a command line.
+
+    Args:
+        values: Field names (``-`` and ``_`` are the same) and plain values.
+        where: Named in errors.
+
+    Raises:
+        UsageError: An unknown key (the nearest name is suggested), a value of the wrong type, or
+            one that is not among the field's choices.
+    """
+    hints = get_type_hints(Job)
+    fields = {item.name: item for item in dataclasses.fields(Job)}
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in fields:
+            near = get_close_matches(name, fields, n=1)
+            raise UsageError(
+                f"unknown option {key!r}",
+                where=where,
+                fix=f"did you mean {near[0]!r}?" if near else "see autodeco run --help",
+            )
+        result[name] = _coerce(name, value, hints[name], where)
+        choices = fields[name].metadata["choices"]
+        if choices and result[name] not in choices:
+            near = get_close_matches(str(value), choices, n=1)
+            raise UsageError(
+                f"{key}: {value!r} is not one of {', '.join(choices)}",
+                where=where,
+                fix=f"did you mean {near[0]!r}?" if near else f"choose one for {key}",
+            )
+    return result
+
+
+def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
+    options = get_args(hint) if get_origin(hint) is not dict else ()
+    if value is None:
+        if type(None) in options:
+            return None
+    elif Path in (hint, *options):
+        if isinstance(value, str | Path):
+            return Path(value)
+    elif get_origin(hint) is dict:
+        if isinstance(value, dict):
+            return value
+    else:
+        wanted = next(t for t in (*options, hint) if t in (str, int, float, bool))
+        if isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
+            return value
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if wanted is str and isinstance(value, int) and not isinstance(value, bool):
+            return str(value)  # --checkpoint 300
+    raise UsageError(
+        f"{name}: {value!r} is a {type(value).__name__}, which does not fit",
+        where=where,
+        fix=f"give a value of type {getattr(hint, '__name__', hint)}",
+    )
