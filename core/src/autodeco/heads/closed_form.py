@@ -1,0 +1,201 @@
+"""The objective's sums over the vocabulary, as closed forms in T and P.
+
+Every function here takes a block of logits [n, V] and gives a few numbers a row together with
+their derivatives in T and P, the only two scalars that carry gradient. Nothing of size V
+outlives a call, and V values are sorted only for rows whose head of the distribution is too flat.
+Notation: z logits, x = z - max z, p = softmax(z/T), E = sum p x, y the label.
+
+Each quantity over the vocabulary is a maximum, a plain sum (total, energy, ...) or a merge of the
+largest values, so with the vocabulary split over ranks each is one all-reduce of a few numbers
+a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+_GROUP = 16
+
+
+class Workspace:
+    """Buffers for one block, allocated once and used for every chunk.
+
+    Attributes:
+        logits: [rows, V] in the logits' dtype.
+        x, e, g: [rows, V] scratch in the dtype of the sums.
+    """
+
+    def __init__(
+        self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device, scratch: int = 3
+    ) -> None:
+        wide = torch.promote_types(dtype, torch.float32)
+        self.logits = torch.empty(rows, vocab, dtype=dtype, device=device)
+        block = torch.empty(scratch, rows, vocab, dtype=wide, device=device)
+        self.x, self.e, self.g = block[0], block[1], block[-1]
+
+    @staticmethod
+    def bytes_per_logit(dtype: torch.dtype) -> int:
+        """What a logit costs in a workspace and the passing copies beside it."""
+        wide = torch.promote_types(dtype, torch.float32).itemsize
+        return 2 * dtype.itemsize + 3 * wide
+
+
+@dataclass(frozen=True)
+class Block:
+    """Logits of some tokens and the head of each row's order.
+
+    Attributes:
+        logits: [n, V], the backbone's dtype.
+        label: int64 [n].
+        peak: [n, 1], the row maximum, float32 (float64 for float64 logits).
+        head: [n, K], the K largest x in descending order.
+        rank: int64 [n], the label's place in the order (logit, then smaller id first), or -1
+            where the label is not above the K-th logit.
+        label_x: [n], x of the label.
+    """
+
+    logits: Tensor
+    label: Tensor
+    peak: Tensor
+    head: Tensor
+    rank: Tensor
+    label_x: Tensor
+
+    @property
+    def whole(self) -> bool:
+        """Whether the head is the whole vocabulary."""
+        return self.head.shape[-1] == self.logits.shape[-1]
+
+    def select(self, rows: Tensor) -> Block:
+        """A copy of some rows."""
+        return Block(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+def make_block(logits: Tensor, label: Tensor, width: int) -> Block:
+    """Find the ``width`` largest logits of each row and the label among them."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    vocab = logits.shape[-1]
+    values, ids = largest(logits, min(width, vocab))
+    label_logit = logits.gather(-1, label.unsqueeze(-1))
+    before = (values > label_logit) | ((values == label_logit) & (ids < label.unsqueeze(-1)))
+    rank = before.sum(-1)
+    if values.shape[-1] < vocab:
+        # Ties with the K-th logit may lie outside: such a label counts as one of the tail.
+        rank = torch.where(label_logit[:, 0] > values[:, -1], rank, -1)
+    peak = values[:, :1].to(wide)
+    return Block(
+        logits=logits,
+        label=label,
+        peak=peak,
+        head=values - peak,
+        rank=rank,
+        label_x=(label_logit - peak)[:, 0],
+    )
+
+
+def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values of each row in descending order, and their ids; ties in any order.
+
+    All values above the k-th are among them. The k largest lie in the k groups of columns with
+    the largest maxima, so the selection runs over V/16 maxima and then over 16 k candidates.
+    """
+    vocab = z.shape[-1]
+    columns = vocab // _GROUP
+    if k * 4 > columns:
+        top = torch.topk(z, k, dim=-1)
+        return top.values, top.indices
+    grouped = z[:, : columns * _GROUP].unflatten(-1, (_GROUP, columns))
+    chosen = torch.topk(grouped.amax(1), k, dim=-1, sorted=False).indices.unsqueeze(1)
+    candidates = grouped.gather(2, chosen.expand(-1, _GROUP, -1)).flatten(1)
+    offset = torch.arange(_GROUP, device=z.device).view(1, _GROUP, 1) * columns
+    ids = (chosen + offset).flatten(1)
+    if columns * _GROUP < vocab:
+        rest = torch.arange(columns * _GROUP, vocab, device=z.device)
+        candidates = torch.cat((candidates, z[:, columns * _GROUP :]), dim=-1)
+        ids = torch.cat((ids, rest.expand(z.shape[0], -1)), dim=-1)
+    top = torch.topk(candidates, k, dim=-1)
+    return top.values, ids.gather(-1, top.indices)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the vocabulary at one temperature a row, all [n].
+
+    Attributes:
+        temperature: T.
+        total: sum of e = exp(x/T).
+        energy: E = sum p x.
+        spread: Var_p(x), for dH/dT. None unless asked for, like the two below.
+        variance: unbiased variance of p over V.
+        variance_slope: its derivative in T.
+    """
+
+    temperature: Tensor
+    total: Tensor
+    energy: Tensor
+    variance: Tensor | None = None
+    spread: Tensor | None = None
+    variance_slope: Tensor | None = None
+
+
+def moments(
+    block: Block, temperature: Tensor, work: Workspace, *, features: bool, slopes: bool
+) -> Moments:
+    """One sweep over a block at temperature T [n]; overwrites the workspace's scratch."""
+    n, vocab = block.logits.shape
+    t = temperature.unsqueeze(-1)
+    x = torch.sub(block.logits, block.peak, out=work.x[:n])
+    e = torch.div(x, t, out=work.e[:n]).exp_()
+    total = e.sum(-1)
+    energy = dot(e, x) / total
+    if not features:
+        return Moments(temperature, total, energy)
+    variance = e.var(-1, correction=1) / total**2
+    if not slopes:
+        return Moments(temperature, total, energy, variance)
+    # Centred at E before squaring: a difference of squares would lose every digit for small T.
+    x.sub_(energy.unsqueeze(-1))
+    g = torch.mul(e, x, out=work.g[:n])
+    spread = dot(g, x) / total
+    slope = -2.0 * dot(g, e) / (total * temperature) ** 2 / (vocab - 1)
+    return Moments(temperature, total, energy, variance, spread, slope)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise dot product of two [n, V], without a third."""
+    if a.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        return (a * b).sum(-1)
+    return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
+
+
+def features(block: Block, m: Moments, top: int) -> tuple[Tensor, Tensor]:
+    """The top-p head's four features and their derivatives in T, both [n, 4].
+
+    The derivatives are zero where the moments were taken without slopes.
+    """
+    t = m.temperature
+    head = block.head[:, :top]
+    p = (head / t.unsqueeze(-1)).exp_() / m.total.unsqueeze(-1)
+    entropy = m.total.log() - m.energy / t
+    assert m.variance is not None
+    values = torch.stack((p[:, 0], entropy, m.variance, p.sum(-1)), dim=-1)
+    if m.spread is None or m.variance_slope is None:
+        return values, torch.zeros_like(values)
+    dp = p * (m.energy.unsqueeze(-1) - head) / (t * t).unsqueeze(-1)
+    slopes = torch.stack((dp[:, 0], m.spread / t**3, m.variance_slope, dp.sum(-1)), dim=-1)
+    return values, slopes
+
+
+def label_log_p(block: Block, m: Moments) -> tuple[Tensor, Tensor]:
+    """log p_y and its derivative in T, both [n]."""
+    t = m.temperature
+    return block.label_x / t - m.total.log(), (m.energy - block.label_x) / (t * t)
+
+
+def base_log_p(block: Block, work: Workspace) -> Tensor:
+    """log softmax(z)_y [n] of the frozen model at T = 1; overwrites the workspace's scratch."""
+    x = torch.sub(block.logits, block.peak, out=work.x[: len(block.label)])
+    return block.label_x - x.exp_().sum(-1).log()

@@ -1,0 +1,217 @@
+"""The soft mask of the top-p term: the label's place in the order, and Z.
+
+Notation: c = cumulative sum of p in the order (logit, then smaller id first), D = dc/dT,
+m = exp(-alpha relu(c - P)), Z = sum p m; the rest as in :mod:`autodeco.heads.closed_form`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from autodeco.heads.closed_form import Block, Moments, label_log_p, largest
+
+ALPHA = 30.0
+EPSILON = 1e-9
+# How many of the largest logits a row looks at: the first, and where the tail behind them would
+# be too coarse the second, then all.
+WIDTHS = (256, 4096)
+# Bound of the relative error of Z that the integral of the tail may have: p_K / Z < 1e-5.
+TAIL_TOLERANCE = 2.5e-6
+
+
+@dataclass(frozen=True)
+class LabelMass:
+    """Where the label stands in the order, all [n].
+
+    Attributes:
+        before: mass of the tokens ahead of it.
+        upto: c_y, that mass and p_y.
+        slope: D_y, the derivative of c_y in T.
+    """
+
+    before: Tensor
+    upto: Tensor
+    slope: Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """The K largest probabilities of each row and their cumulative sums, all [n, K]."""
+
+    p: Tensor
+    slope: Tensor
+    mass: Tensor
+    mass_slope: Tensor
+
+
+def head_of(block: Block, m: Moments) -> Head:
+    """Probabilities of the head of each row at the temperature of ``m``."""
+    t = m.temperature.unsqueeze(-1)
+    p = (block.head / t).exp_().div_(m.total.unsqueeze(-1))
+    slope = (m.energy.unsqueeze(-1) - block.head).mul_(p).div_(t * t)
+    # Rounding must not carry c above 1: at P = 1 it would switch the mask on.
+    return Head(p, slope, p.cumsum(-1).clamp_max_(1.0), slope.cumsum(-1))
+
+
+def label_mass(block: Block, m: Moments, head: Head | None = None) -> LabelMass:
+    """Cumulative mass of each label; looks at V values only for labels in the tail."""
+    head = head_of(block, m) if head is None else head
+    rank = block.rank.clamp_min(0).unsqueeze(-1)
+    upto = head.mass.gather(-1, rank)[:, 0]
+    slope = head.mass_slope.gather(-1, rank)[:, 0]
+    before = head.mass.gather(-1, (rank - 1).clamp_min(0))[:, 0].masked_fill(block.rank == 0, 0.0)
+    if block.whole:
+        return LabelMass(before, upto, slope)
+    rows = (block.rank < 0).nonzero()[:, 0]
+    for part in rows.split(max(1, block.logits.shape[0] // 4)) if rows.numel() else ():
+        tail = _label_in_tail(block, m, part)
+        before = before.index_copy(0, part, tail.before)
+        upto = upto.index_copy(0, part, tail.upto)
+        slope = slope.index_copy(0, part, tail.slope)
+    return LabelMass(before, upto, slope)
+
+
+def _label_in_tail(block: Block, m: Moments, rows: Tensor) -> LabelMass:
+    """The same as masked sums over the vocabulary, for some rows."""
+    x = block.logits[rows] - block.peak[rows]
+    y, label_x = block.label[rows].unsqueeze(-1), block.label_x[rows].unsqueeze(-1)
+    t, total, energy = (v[rows].unsqueeze(-1) for v in (m.temperature, m.total, m.energy))
+    ids = torch.arange(x.shape[-1], device=x.device)
+    ahead = (x > label_x) | ((x == label_x) & (ids < y))
+    p = (x / t).exp_().div_(total).mul_(ahead)
+    own = (label_x / t).exp() / total
+    before = p.sum(-1)
+    slope = (p.mul_(energy - x).sum(-1) + (own * (energy - label_x))[:, 0]) / (t * t)[:, 0]
+    return LabelMass(before, (before + own[:, 0]).clamp_max_(1.0), slope)
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """Z = sum p m of the soft mask with its derivatives, all [n].
+
+    Attributes:
+        value: Z.
+        top_p_slope: dZ/dP.
+        temperature_slope: dZ/dT.
+        error: bound of the relative error of Z; 0 where the head is the whole vocabulary.
+    """
+
+    value: Tensor
+    top_p_slope: Tensor
+    temperature_slope: Tensor
+    error: Tensor
+
+    def replace(self, rows: Tensor, by: Normalizer) -> Normalizer:
+        """With some rows taken from ``by``."""
+        names = [f.name for f in fields(self)]
+        return Normalizer(*(getattr(self, n).index_copy(0, rows, getattr(by, n)) for n in names))
+
+
+def normalizer_of(head: Head, top_p: Tensor, whole: bool) -> Normalizer:
+    """Z over the head, and the tail behind it as an integral over c (OBJECTIVE, "So the ...").
+
+    The sum over the tail, sum_i p_i f(c_i) with f = exp(-alpha relu(c - P)), is a right Riemann
+    sum of a function that falls: by f's convexity it lies below the integral by at most
+    p_{K+1} (f(c_K) - f(1)) / 2. Half of that is subtracted, so that the other half bounds the
+    error on either side.
+    """
+    p_cut = top_p.unsqueeze(-1)
+    over = head.mass > p_cut
+    masked = (head.mass - p_cut).clamp_min_(0.0).mul_(-ALPHA).exp_()
+    soft = masked * head.slope
+    masked.mul_(head.p)
+    value = masked.sum(-1)
+    masked.mul_(over)
+    top_p_slope = ALPHA * masked.sum(-1)
+    temperature_slope = soft.sum(-1) - ALPHA * masked.mul_(head.mass_slope).sum(-1)
+    if whole:
+        return Normalizer(value, top_p_slope, temperature_slope, torch.zeros_like(value))
+    last, last_slope = head.p[:, -1], head.slope[:, -1]
+    mass, mass_slope = head.mass[:, -1], head.mass_slope[:, -1]
+    inside = mass < top_p
+    start = torch.where(inside, 1.0, (-ALPHA * (mass - top_p)).clamp_max(0.0).exp())
+    fall = (start - (-ALPHA * (1.0 - top_p)).clamp_max(0.0).exp()).clamp_min(0.0)
+    decay = fall / ALPHA - last * fall / 4
+    value = value + (top_p - mass).clamp_min(0.0) + decay
+    correction = torch.where(inside, 0.0, ALPHA * last * start * mass_slope) - last_slope * fall
+    return Normalizer(
+        value=value,
+        top_p_slope=top_p_slope + ALPHA * decay,
+        temperature_slope=temperature_slope - start * mass_slope + correction / 4,
+        error=last * fall / (4 * value),
+    )
+
+
+@dataclass(frozen=True)
+class SoftLogP:
+    """log of the label's probability under the soft mask, and its derivatives, all [n]."""
+
+    value: Tensor
+    temperature_slope: Tensor
+    top_p_slope: Tensor
+
+
+def soft_masked_log_p(
+    block: Block, m: Moments, top_p: Tensor, *, exact: bool, widths: Sequence[int] = WIDTHS
+) -> tuple[SoftLogP, LabelMass]:
+    """log(p_y m_y / Z) and the label's mass.
+
+    Rows whose tail cannot be integrated to ``TAIL_TOLERANCE`` are done again with a wider head,
+    in the end with the whole vocabulary.
+
+    Args:
+        block: logits with a head of any width.
+        m: moments of the same rows at their T.
+        top_p: P [n].
+        exact: log p_y + log m_y - log Z; else the published log(p_y m_y / (Z + 1e-9) + 1e-9).
+        widths: widths to try after the block's own.
+    """
+    head = head_of(block, m)
+    mass = label_mass(block, m, head)
+    z = normalizer_of(head, top_p, block.whole)
+    if not block.whole:
+        rows = (z.error > TAIL_TOLERANCE).nonzero()[:, 0]
+        for part, wider in _wider(block, m, top_p, rows, widths):
+            z = z.replace(part, wider)
+    beyond = mass.upto > top_p
+    log_p, t_slope = label_log_p(block, m)
+    log_pm = log_p - ALPHA * (mass.upto - top_p).clamp_min(0.0)
+    t_slope = t_slope - torch.where(beyond, ALPHA * mass.slope, 0.0)
+    p_slope = ALPHA * beyond.to(t_slope.dtype)
+    if exact:
+        return SoftLogP(
+            log_pm - z.value.log(),
+            t_slope - z.temperature_slope / z.value,
+            p_slope - z.top_p_slope / z.value,
+        ), mass
+    floored = z.value + EPSILON
+    r = log_pm.exp() / floored
+    k = r / (r + EPSILON)
+    return SoftLogP(
+        (r + EPSILON).log(),
+        k * (t_slope - z.temperature_slope / floored),
+        k * (p_slope - z.top_p_slope / floored),
+    ), mass
+
+
+def _wider(
+    block: Block, m: Moments, top_p: Tensor, rows: Tensor, widths: Sequence[int]
+) -> Iterator[tuple[Tensor, Normalizer]]:
+    """Z of some rows with wider heads, at most V, in parts that fit beside the block."""
+    n, vocab = block.logits.shape
+    width = block.head.shape[-1]
+    while rows.numel():
+        width = next((w for w in widths if w > width and 4 * w < vocab), vocab)
+        coarse = []
+        for part in rows.split(max(1, n * vocab // (4 * width))):
+            wide = block.select(part)
+            wide = replace(wide, head=largest(wide.logits, width)[0] - wide.peak)
+            at = Moments(m.temperature[part], m.total[part], m.energy[part])
+            z = normalizer_of(head_of(wide, at), top_p[part], wide.whole)
+            yield part, z
+            coarse.append(part[z.error > TAIL_TOLERANCE])
+        rows = torch.cat(coarse)
