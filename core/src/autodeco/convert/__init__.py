@@ -1,0 +1,1 @@
+"""Checkpoints: reading, checking, packing and unpacking tensors by a weight map."""

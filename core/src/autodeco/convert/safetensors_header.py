@@ -1,0 +1,143 @@
+"""Reads what a safetensors checkpoint holds from its headers alone: no tensor is loaded."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from autodeco.errors import WeightsError
+from autodeco.files import read_json
+
+_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+_LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is.
+
+    Attributes:
+        file: The shard.
+        dtype: safetensors' name, as ``BF16``.
+        shape: Its dimensions.
+        start: Offset of its first byte in the file.
+        size: Bytes.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def _broken(path: Path, what: str) -> WeightsError:
+    return WeightsError(
+        what, where=str(path), fix="the file is damaged or was cut short: fetch it again"
+    )
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Reads and checks the header of one file.
+
+    Raises:
+        WeightsError: The file is missing, truncated, or its offsets make no sense.
+    """
+    try:
+        total = path.stat().st_size
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(_LONGEST_HEADER, total - 8):
+                raise _broken(path, f"no safetensors header ({total} bytes)")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise WeightsError(
+            "a shard is missing", where=str(path), fix="fetch the checkpoint again"
+        ) from error
+    except OSError as error:
+        raise WeightsError(
+            f"cannot read: {error}", where=str(path), fix="check the file"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"malformed safetensors header: {error}") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "the safetensors header is no object")
+    header.pop("__metadata__", None)
+    infos = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    _check_spans(path, infos, 8 + length, total)
+    return infos
+
+
+def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    try:
+        begin, end = entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if dtype not in _BYTES:
+            raise _broken(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
+        if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+            raise ValueError("numbers must be whole and not negative")
+        if end - begin != prod(shape) * _BYTES[dtype]:
+            raise _broken(path, f"tensor {name!r}: offsets and shape disagree")
+    except (KeyError, TypeError, ValueError) as error:
+        raise _broken(path, f"tensor {name!r}: malformed entry: {error}") from error
+    return TensorInfo(path, dtype, shape, base + begin, end - begin)
+
+
+def _check_spans(path: Path, infos: Mapping[str, TensorInfo], start: int, total: int) -> None:
+    position = start
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].start, item[1].size)):
+        if info.start != position:
+            raise _broken(path, f"tensor {name!r} overlaps another, or bytes are unused before it")
+        position += info.size
+    if position != total:
+        raise _broken(path, f"the file has {total} bytes, its header says {position}")
+
+
+def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
+    """Reads every header of a checkpoint, single-file or sharded.
+
+    Raises:
+        WeightsError: A file is missing or broken, the index and the shards disagree, a tensor
+            stands in two shards, or the index points out of the directory.
+    """
+    index = directory / INDEX
+    if not index.exists():
+        if not (directory / SINGLE).exists():
+            raise WeightsError(
+                f"neither {SINGLE} nor {INDEX} is there",
+                where=str(directory),
+                fix="give the directory of a Hugging Face checkpoint in safetensors format",
+            )
+        return read_header(directory / SINGLE)
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict):
+        raise _broken(index, "the index has no weight_map")
+    infos: dict[str, TensorInfo] = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if Path(shard).name != shard:
+            raise WeightsError(
+                f"the index points to {shard!r}, outside the directory",
+                where=str(index),
+                fix="do not use this checkpoint: its index is forged or damaged",
+            )
+        for name, info in read_header(directory / shard).items():
+            if name in infos:
+                raise _broken(directory / shard, f"tensor {name!r} stands in two shards")
+            infos[name] = info
+    for name, shard in weight_map.items():
+        if name not in infos or infos[name].file.name != shard:
+            raise _broken(index, f"the index says that {name!r} is in {shard}, which it is not")
+    return infos

@@ -1,0 +1,98 @@
+"""Opens the checkpoint that a job names: checks it against the preset and the weight map."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from autodeco.convert.random_checkpoint import write_random_checkpoint
+from autodeco.convert.safetensors_header import TensorInfo, read_checkpoint
+from autodeco.errors import PluginError, WeightsError
+from autodeco.family import FamilySpec, ModelPreset
+from autodeco.files import read_json
+from autodeco.hookspecs import ImportedWeights
+from autodeco.job import Job
+from autodeco.weights import BoundWeightMap
+
+
+def open_source(family: FamilySpec, job: Job) -> ImportedWeights:
+    """Proves that the weight map is total on the job's checkpoint; loads nothing.
+
+    Args:
+        family: The plugin's data.
+        job: With ``model`` (a directory) and ``preset`` set; see `built_in_checkpoint`.
+
+    Raises:
+        WeightsError: A shard is missing or broken, a tensor is unmapped, missing or of a wrong
+            shape, or ``config.json`` does not fit the preset.
+    """
+    if job.model is None or job.preset is None:
+        raise PluginError(
+            "the job has no model or no preset", who=family.id, fix="resolve the job first"
+        )
+    preset = family.preset(job.preset)
+    config_path = job.model / "config.json"
+    architecture = family.architecture(preset.architecture)
+    shape = architecture.shape_of(read_json(config_path, who=family.id), where=str(config_path))
+    if shape != preset.shape:
+        raise WeightsError(
+            f"config.json does not agree with preset {preset.name!r}: {shape} is not "
+            f"{preset.shape}",
+            who=family.id,
+            where=str(config_path),
+            fix="choose the preset of this size: autodeco plugin show " + family.id,
+        )
+    infos = read_checkpoint(job.model)
+    bound = family.weight_map.bind(shape, infos, who=family.id, where=str(job.model))
+    check_sizes(bound, infos, who=family.id)
+    return ImportedWeights(job.model, "hf", bound, shape)
+
+
+def check_sizes(bound: BoundWeightMap, infos: dict[str, TensorInfo], *, who: str) -> None:
+    """Checks every tensor's shape against the weight map.
+
+    Raises:
+        WeightsError: One differs; the message names the tensor.
+    """
+    for name, size in bound.source_sizes().items():
+        if infos[name].shape != size:
+            raise WeightsError(
+                f"tensor {name!r} has the shape {infos[name].shape}, expected {size}",
+                who=who,
+                where=str(infos[name].file),
+                fix="the checkpoint does not fit its config.json: fetch it again",
+            )
+
+
+def built_in_checkpoint(family: FamilySpec, preset: ModelPreset, directory: Path) -> Path:
+    """Returns the preset's own checkpoint, drawing a random one at `directory` where it is so.
+
+    Raises:
+        PluginError: The preset has none; the user has to give a model.
+    """
+    package = resources.files(family.package)
+    if preset.checkpoint is not None:
+        return _folder(package / preset.checkpoint, family, preset)
+    if preset.random:
+        if not directory.exists():
+            tokenizer = package / preset.tokenizer if preset.tokenizer else None
+            source = _folder(tokenizer, family, preset) if tokenizer else None
+            write_random_checkpoint(family, preset, directory, tokenizer=source)
+        return directory
+    ids = ", ".join(preset.model_ids) or "any of this shape"
+    raise PluginError(
+        f"preset {preset.name!r} has no built-in model",
+        who=family.id,
+        fix=f"add --model DIR with a checkpoint ({ids})",
+    )
+
+
+def _folder(resource: object, family: FamilySpec, preset: ModelPreset) -> Path:
+    if isinstance(resource, Path) and resource.is_dir():
+        return resource
+    raise PluginError(
+        f"the built-in files of preset {preset.name!r} are not on disk",
+        who=family.id,
+        where=str(resource),
+        fix="reinstall the plugin (unpacked: not from a zip)",
+    )

@@ -1,0 +1,97 @@
+"""The four hooks of a plugin, and the handles that go between them.
+
+A hook is called on the chosen plugin alone. Casting, training, merging and evaluation are stages of
+core between the hooks, not hooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pluggy
+
+if TYPE_CHECKING:
+    from autodeco.family import ModelShape
+    from autodeco.job import Job
+    from autodeco.weights import BoundWeightMap
+
+hookspec = pluggy.HookspecMarker("autodeco")
+
+
+@dataclass(frozen=True)
+class ImportedWeights:
+    """A handle on weights; nothing is loaded.
+
+    Attributes:
+        path: The checkpoint directory.
+        format: ``hf`` (safetensors, as on the hub) or ``torch_dist`` (megatron-core).
+        weight_map: The family's map, bound to this checkpoint and proved total.
+        shape: The model's shape, as in its ``config.json``.
+    """
+
+    path: Path
+    format: Literal["hf", "torch_dist"]
+    weight_map: BoundWeightMap
+    shape: ModelShape
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A frozen backbone on an engine.
+
+    Attributes:
+        engine: See `autodeco.engines.base.Engine`.
+        weights: What it was built from.
+    """
+
+    engine: Any
+    weights: ImportedWeights
+
+
+@dataclass(frozen=True)
+class HeadedModel:
+    """A backbone with heads; only the heads train.
+
+    Attributes:
+        model: The backbone.
+        heads: An `autodeco.heads.modules.DecodingHeads`, or a plugin's own module.
+    """
+
+    model: BuiltModel
+    heads: Any
+
+
+@dataclass(frozen=True)
+class HeadsArtifact:
+    """A heads directory that was written.
+
+    Attributes:
+        path: The directory.
+    """
+
+    path: Path
+
+
+@hookspec(firstresult=True)
+def import_weights(job: Job) -> ImportedWeights | None:
+    """Makes the checkpoint ready for the engine, or returns the source as it is."""
+
+
+@hookspec(firstresult=True)
+def build_model(job: Job, weights: ImportedWeights) -> BuiltModel | None:
+    """Builds the frozen backbone on the job's engine."""
+
+
+@hookspec(firstresult=True)
+def attach_heads(job: Job, model: BuiltModel) -> HeadedModel | None:
+    """Adds the heads that will be trained."""
+
+
+@hookspec(firstresult=True)
+def export_heads(job: Job, model: HeadedModel, path: Path) -> HeadsArtifact | None:
+    """Writes the heads directory at `path`."""
+
+
+HOOKS = ("import_weights", "build_model", "attach_heads", "export_heads")

@@ -1,0 +1,79 @@
+"""`FamilyPlugin`: the four hooks, done from a family's data."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autodeco import hookimpl, hookspecs
+from autodeco.errors import PluginError
+from autodeco.family import FamilySpec
+from autodeco.hookspecs import BuiltModel, HeadedModel, HeadsArtifact, ImportedWeights
+
+if TYPE_CHECKING:
+    from autodeco.job import Job
+
+
+class FamilyPlugin:
+    """A plugin made of a `FamilySpec` alone.
+
+    To replace a hook, subclass and override it; the override stays a hook without being marked
+    again. Its parameters must be among the hook's own, as pluggy demands.
+
+    Args:
+        family: The family's data.
+    """
+
+    def __init__(self, family: FamilySpec) -> None:
+        self.family = family
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # pluggy silently ignores an override that lost its marker.
+        super().__init_subclass__(**kwargs)
+        for name in hookspecs.HOOKS:
+            body = cls.__dict__.get(name)
+            if body is None:
+                continue
+            allowed = set(inspect.signature(getattr(hookspecs, name)).parameters)
+            extra = set(inspect.signature(body).parameters) - allowed - {"self"}
+            if extra:
+                raise PluginError(
+                    f"{cls.__name__}.{name} takes {', '.join(sorted(extra))}, "
+                    f"which the hook does not pass",
+                    who=cls.__module__,
+                    fix=f"use only {', '.join(sorted(allowed))}",
+                )
+            if not hasattr(body, "autodeco_impl"):
+                setattr(cls, name, hookimpl(body))
+
+    @hookimpl
+    def import_weights(self, job: Job) -> ImportedWeights:
+        """Binds the weight map to the checkpoint; the engine reads the checkpoint itself."""
+        from autodeco.convert.source import open_source
+
+        return open_source(self.family, job)
+
+    @hookimpl
+    def build_model(self, job: Job, weights: ImportedWeights) -> BuiltModel:
+        """Builds the backbone on the engine that the job names."""
+        from autodeco.engines.select import build_engine
+
+        return BuiltModel(build_engine(job, weights), weights)
+
+    @hookimpl
+    def attach_heads(self, job: Job, model: BuiltModel) -> HeadedModel:
+        """Adds the temperature head and the top-p head."""
+        from autodeco.heads.attach import new_heads
+
+        return HeadedModel(model, new_heads(job, model.engine.hidden_size, model.engine.device))
+
+    @hookimpl
+    def export_heads(self, job: Job, model: HeadedModel, path: Path) -> HeadsArtifact:
+        """Writes the heads directory."""
+        from autodeco.heads.attach import heads_metadata
+        from autodeco.heads.files import save_heads
+
+        metadata = heads_metadata(job, self.family.id, model.model.weights.path)
+        saved = save_heads(path, model.heads, metadata=metadata, dtype=job.save_dtype)
+        return HeadsArtifact(saved)

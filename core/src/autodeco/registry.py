@@ -1,0 +1,312 @@
+"""Finds plugins and decides which one a job means.
+
+Discovery reads the entry-point group ``autodeco.plugins``. Each plugin is loaded in its own ``try``
+when it is first asked for: a broken one is a row in ``plugin list``, and an error only for whoever
+asks for it. pluggy's own loader would let one broken distribution stop all of them, and let another
+silently take a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import pluggy
+
+from autodeco import hookspecs
+from autodeco.errors import AutodecoError, PluginError
+from autodeco.family import API, FamilySpec, ModelPreset, ModelShape
+from autodeco.files import read_json
+from autodeco.plugin import FamilyPlugin
+
+GROUP = "autodeco.plugins"
+
+
+class EntryPoint(Protocol):
+    """What the registry needs of `importlib.metadata.EntryPoint`."""
+
+    name: str
+    value: str
+    dist: Any
+
+    def load(self) -> Any:
+        """Imports and returns the object."""
+        ...
+
+
+@dataclass(frozen=True)
+class PluginRow:
+    """One discovered entry point.
+
+    Attributes:
+        id: The entry point's name.
+        dist: Name of the distribution.
+        version: Its version.
+        plugin: The loaded plugin, or None.
+        error: Why it could not be loaded, or None.
+    """
+
+    id: str
+    dist: str
+    version: str
+    plugin: FamilyPlugin | None
+    error: str | None
+
+    @property
+    def who(self) -> str:
+        """Returns the plugin's full name, for messages."""
+        return f"plugin {self.id} ({self.dist} {self.version})"
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """The plugin and the preset that a job means, with the reason.
+
+    Attributes:
+        plugin: The plugin.
+        preset: One of its presets.
+        row: Where the plugin came from.
+        reason: Why these.
+    """
+
+    plugin: FamilyPlugin
+    preset: ModelPreset
+    row: PluginRow
+    reason: str
+
+    @property
+    def family(self) -> FamilySpec:
+        """Returns the plugin's family."""
+        return self.plugin.family
+
+    def hooks(self) -> Any:
+        """Returns the four hooks of this plugin alone (a pluggy hook relay)."""
+        manager = pluggy.PluginManager("autodeco")
+        manager.add_hookspecs(hookspecs)
+        manager.register(self.plugin, name=self.family.id)
+        manager.check_pending()
+        return manager.hook
+
+
+class Registry:
+    """All plugins that are installed.
+
+    Args:
+        entry_points: For tests; by default those of the environment.
+    """
+
+    def __init__(self, entry_points: Iterable[EntryPoint] | None = None) -> None:
+        found = metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+        self._entries = tuple(sorted(found, key=lambda e: (e.name, _dist(e)[0])))
+        self._rows: dict[int, PluginRow] = {}
+
+    def rows(self) -> tuple[PluginRow, ...]:
+        """Returns every discovered plugin, broken ones included."""
+        return tuple(self._row(index) for index in range(len(self._entries)))
+
+    def _row(self, index: int) -> PluginRow:
+        if index not in self._rows:
+            entry = self._entries[index]
+            dist, version = _dist(entry)
+            doubles = [_dist(e)[0] for e in self._entries if e.name == entry.name]
+            if len(doubles) > 1:
+                plugin, error = (
+                    None,
+                    f"{len(doubles)} distributions claim the id: " + ", ".join(doubles),
+                )
+            else:
+                plugin, error = _load(entry)
+            self._rows[index] = PluginRow(entry.name, dist, version, plugin, error)
+        return self._rows[index]
+
+    def get(self, name: str) -> PluginRow:
+        """Returns the loaded plugin with this id or alias.
+
+        Raises:
+            PluginError: There is none, it is broken, or two distributions claim the id.
+        """
+        for index, entry in enumerate(self._entries):
+            if entry.name == name:
+                return _whole(self._row(index))
+        aliased = [r for r in self.rows() if r.plugin and name in r.plugin.family.aliases]
+        if len(aliased) == 1:
+            return aliased[0]
+        if aliased:
+            raise PluginError(
+                f"several plugins have the alias {name!r}: {', '.join(r.who for r in aliased)}",
+                fix="name one of them by its id: " + ", ".join(r.id for r in aliased),
+            )
+        ids = [entry.name for entry in self._entries]
+        near = get_close_matches(name, ids, n=1)
+        raise PluginError(
+            f"no plugin {name!r} is installed",
+            where="installed: " + (", ".join(ids) or "none"),
+            fix=f"did you mean {near[0]!r}?"
+            if near
+            else f"pip install autodeco-plugin-{name.replace('_', '-')}",
+        )
+
+    def resolve(self, plugin: str | None, model: Path | None, preset: str | None) -> Resolution:
+        """Decides which plugin and preset are meant.
+
+        The order is: `plugin` (id or alias), the checkpoint's exact model id, its ``config.json``
+        architecture and shape.
+
+        Raises:
+            PluginError: None matches, or several do; the message says what to install or name.
+            WeightsError: The checkpoint's ``config.json`` cannot be read.
+        """
+        if plugin is not None:
+            row = self.get(plugin)
+            assert row.plugin is not None
+            chosen, reason = _choose_preset(row, model, preset)
+            return Resolution(row.plugin, chosen, row, reason)
+        if model is None:
+            raise PluginError(
+                "neither a plugin nor a model is given",
+                where="installed: " + (", ".join(e.name for e in self._entries) or "none"),
+                fix="add --plugin NAME, or --model DIR",
+            )
+        return self._resolve_model(model, preset)
+
+    def _resolve_model(self, model: Path, preset: str | None) -> Resolution:
+        config = read_json(model / "config.json")
+        model_id = str(config.get("_name_or_path") or model.name).lower()
+        architecture = (config.get("architectures") or ["?"])[0]
+        matches: list[Resolution] = []
+        for row in self.rows():
+            if row.plugin is None:
+                continue
+            family = row.plugin.family
+            ids = {i.lower(): p for p in family.presets for i in p.model_ids}
+            by_id = ids.get(model_id) or {i.split("/")[-1]: p for i, p in ids.items()}.get(model_id)
+            known = any(architecture == a.name for a in family.architectures)
+            if not known:
+                continue
+            if preset is None and by_id is not None and _fits(family, by_id, config, model):
+                matches.append(Resolution(row.plugin, by_id, row, f"model id {model_id}"))
+            else:
+                chosen, reason = _choose_preset(row, model, preset)
+                matches.append(Resolution(row.plugin, chosen, row, reason))
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise PluginError(
+                f"several plugins fit {architecture}: {', '.join(m.row.who for m in matches)}",
+                where=str(model),
+                fix="add --plugin with one of: " + ", ".join(m.row.id for m in matches),
+            )
+        broken = [row.who for row in self.rows() if row.error]
+        raise PluginError(
+            f"no installed plugin knows the architecture {architecture!r}"
+            + (f" (broken: {', '.join(broken)})" if broken else ""),
+            where=str(model),
+            fix=f"pip install autodeco-plugin-{_dist_guess(config)}, or write one: docs/plugins.md",
+        )
+
+
+def _dist(entry: EntryPoint) -> tuple[str, str]:
+    dist = getattr(entry, "dist", None)
+    return (dist.name, dist.version) if dist is not None else ("unknown distribution", "?")
+
+
+def _dist_guess(config: dict[str, Any]) -> str:
+    name = re.sub(r"_(moe|text)$", "", str(config.get("model_type", "NAME")))
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def _load(entry: EntryPoint) -> tuple[FamilyPlugin | None, str | None]:
+    try:
+        plugin = entry.load()
+    except Exception as error:  # a stranger's import may raise anything
+        return None, f"cannot be loaded: {type(error).__name__}: {error}"
+    if isinstance(plugin, type) and issubclass(plugin, FamilyPlugin):
+        return None, f"{entry.value} is a class, not a plugin: give FamilyPlugin(FAMILY)"
+    if not isinstance(plugin, FamilyPlugin) or not isinstance(plugin.family, FamilySpec):
+        return None, f"{entry.value} is a {type(plugin).__name__}, not a FamilyPlugin"
+    if plugin.family.api != API:
+        return None, f"written for api {plugin.family.api}; this autodeco speaks api {API}"
+    if plugin.family.id != entry.name:
+        return None, f"its family's id is {plugin.family.id!r}, its entry point {entry.name!r}"
+    return plugin, None
+
+
+def _whole(row: PluginRow) -> PluginRow:
+    if row.error is None:
+        return row
+    raise PluginError(
+        row.error,
+        who=row.who,
+        fix="uninstall all but one of them"
+        if "claim the id" in row.error
+        else f"reinstall or upgrade {row.dist}; autodeco --debug plugin list shows more",
+    )
+
+
+def _fits(family: FamilySpec, preset: ModelPreset, config: dict[str, Any], model: Path) -> bool:
+    architecture = family.architecture(preset.architecture)
+    if (config.get("architectures") or [None])[0] != architecture.name:
+        return False
+    return architecture.shape_of(config, where=str(model / "config.json")) == preset.shape
+
+
+def _choose_preset(
+    row: PluginRow, model: Path | None, preset: str | None
+) -> tuple[ModelPreset, str]:
+    assert row.plugin is not None
+    family = row.plugin.family
+    if model is None:
+        chosen = family.preset(preset) if preset else family.presets[0]
+        return chosen, "--preset" if preset else "the family's default preset"
+    where = str(model / "config.json")
+    config = read_json(model / "config.json", who=row.who)
+    try:
+        architecture = family.architecture((config.get("architectures") or ["?"])[0])
+        shape = architecture.shape_of(config, where=where)
+    except AutodecoError as error:
+        raise PluginError(error.what, who=row.who, where=where, fix=error.fix) from error
+    if preset:
+        chosen = family.preset(preset)
+        if chosen.shape != shape or chosen.architecture != architecture.name:
+            raise PluginError(
+                f"the checkpoint is not of preset {preset!r}: {_difference(chosen.shape, shape)}",
+                who=row.who,
+                where=where,
+                fix="leave --preset out, so that it is found from the checkpoint",
+            )
+        return chosen, "--preset"
+    fitting = [
+        p for p in family.presets if p.architecture == architecture.name and p.shape == shape
+    ]
+    if fitting:
+        return fitting[0], "the checkpoint's shape"
+    nearest = min(
+        (p for p in family.presets if p.architecture == architecture.name),
+        key=lambda p: _distance(p.shape, shape),
+    )
+    raise PluginError(
+        f"no preset has the checkpoint's shape; nearest is {nearest.name!r}: "
+        + _difference(nearest.shape, shape),
+        who=row.who,
+        where=where,
+        fix="use a checkpoint of one of the presets (autodeco plugin show), or add a preset",
+    )
+
+
+def _distance(a: ModelShape, b: ModelShape) -> int:
+    return sum(getattr(a, item.name) != getattr(b, item.name) for item in fields(ModelShape))
+
+
+def _difference(expected: ModelShape, found: ModelShape) -> str:
+    pairs = [
+        (item.name, getattr(expected, item.name), getattr(found, item.name))
+        for item in fields(ModelShape)
+    ]
+    return (
+        ", ".join(f"{n} {e} expected, {f} found" for n, e, f in pairs if e != f) or "architecture"
+    )
