@@ -62,7 +62,7 @@ class Job:
         AUTO,
         "What executes the backbone.",
         section="model",
-        choices=(AUTO, "hf", "megatron", "streamed"),
+        choices=(AUTO, "hf"),
     )
     device: str = _option(AUTO, "cpu, cuda or cuda:N.", section="model")
     dtype: str = _option(
