@@ -153,14 +153,16 @@ def moments(
     energy = dot(e, x) / total
     if not features:
         return Moments(temperature, total, energy)
-    variance = e.var(-1, correction=1) / total**2
+    # sum (p - 1/V)^2 = sum p^2 - 1/V: it cancels only where p is flat and this feature, at most
+    # 1/V^2, vanishes beside the entropy; where a token dominates every digit stays.
+    variance = (dot(e, e) / total**2 - 1.0 / vocab).clamp_min(0.0) / max(1, vocab - 1)
     if not slopes:
         return Moments(temperature, total, energy, variance)
     # Centred at E before squaring: a difference of squares would lose every digit for small T.
     x.sub_(energy.unsqueeze(-1))
     g = torch.mul(e, x, out=work.g[:n])
     spread = dot(g, x) / total
-    slope = -2.0 * dot(g, e) / (total * temperature) ** 2 / (vocab - 1)
+    slope = -2.0 * dot(g, e) / (total * temperature) ** 2 / max(1, vocab - 1)
     return Moments(temperature, total, energy, variance, spread, slope)
 
 

@@ -188,7 +188,8 @@ def distribution_features(logits: Tensor, temperature: Tensor) -> Tensor:
     top = torch.topk(x, min(TOP_SUM, x.shape[-1]), dim=-1).values.div_(t.unsqueeze(-1)).exp_()
     e = (x / t.unsqueeze(-1)).exp_()
     total = e.sum(-1)
-    variance = e.var(-1, correction=1) / total**2
+    variance = ((e * e).sum(-1) / total**2 - 1.0 / x.shape[-1]).clamp_min(0.0)
+    variance = variance / max(1, x.shape[-1] - 1)
     # A token that was ruled out (-inf) has p = 0 and adds nothing to the entropy.
     energy = e.mul_(x.nan_to_num_(neginf=0.0)).sum(-1) / total
     entropy = total.log() - energy / t

@@ -22,7 +22,7 @@ from autodeco.heads.closed_form import Workspace
 from autodeco.heads.losses import TokenTerms, token_terms
 from autodeco.heads.modules import TOP_SUM, DecodingHeads
 from autodeco.heads.random import keep_mask
-from autodeco.heads.soft_mask import WIDTHS
+from autodeco.heads.soft_mask import first_width
 from autodeco.heads.variants import OBJECTIVES, Objective
 
 __all__ = ["OBJECTIVES", "Objective", "ObjectiveSums", "objective_sums"]
@@ -256,7 +256,7 @@ class _Job:
         t = heads.temperature(h)
         t_read = t.detach() if objective.detach_temperature else t
         with torch.no_grad():
-            block = closed_form.make_block(logits, label, WIDTHS[0])
+            block = closed_form.make_block(logits, label, first_width(logits.shape[-1]))
             at = t.detach().to(block.peak.dtype)
             needs = {"features": heads.needs_features, "slopes": self.slopes}
             moments = closed_form.moments(block, at, self.work, **needs)

@@ -16,11 +16,16 @@ from autodeco.heads.closed_form import Block, Moments, label_log_p, largest
 
 ALPHA = 30.0
 EPSILON = 1e-9
-# How many of the largest logits a row looks at: the first, and where the tail behind them would
-# be too coarse the second, then all.
+# How many of the largest logits a row looks at where the tail behind fewer would be too coarse;
+# behind the last of these, the whole vocabulary.
 WIDTHS = (256, 4096)
 # Bound of the relative error of Z that the integral of the tail may have: p_K / Z < 1e-5.
 TAIL_TOLERANCE = 2.5e-6
+
+
+def first_width(vocab: int) -> int:
+    """How many of the largest logits every row looks at: most rows of a real model need no more."""
+    return min(vocab, WIDTHS[0], max(32, vocab // 8))
 
 
 @dataclass(frozen=True)
