@@ -79,6 +79,9 @@ class Job:
     data: Path | None = _option(
         None, "Training data, JSONL; default: the built-in task.", section="data"
     )
+    task_samples: int = _option(
+        4096, "Training samples drawn from the built-in task.", section="data", result=True
+    )
     eval_data: Path | None = _option(
         None, "Held-out data, JSONL; default: a split of --data.", section="data"
     )

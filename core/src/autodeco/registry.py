@@ -101,8 +101,12 @@ class Registry:
     """
 
     def __init__(self, entry_points: Iterable[EntryPoint] | None = None) -> None:
-        found = metadata.entry_points(group=GROUP) if entry_points is None else entry_points
-        self._entries = tuple(sorted(found, key=lambda e: (e.name, _dist(e)[0])))
+        found: Iterable[Any] = (
+            metadata.entry_points(group=GROUP) if entry_points is None else entry_points
+        )
+        self._entries: tuple[EntryPoint, ...] = tuple(
+            sorted(found, key=lambda e: (e.name, _dist(e)[0]))
+        )
         self._rows: dict[int, PluginRow] = {}
 
     def rows(self) -> tuple[PluginRow, ...]:

@@ -34,8 +34,8 @@ def pack(rule: BoundRule, shape: ModelShape, sources: Sequence[Tensor]) -> Tenso
                 fix="the checkpoint does not fit the preset: check --plugin and --preset",
             )
     if rule.rule.kind == "qkv":
-        query, key, value = (t.unflatten(0, (shape.num_kv_heads, -1)) for t in sources)
-        return torch.cat([query, key, value], dim=1).flatten(0, 1)
+        groups = [t.reshape(shape.num_kv_heads, -1, *t.shape[1:]) for t in sources]
+        return torch.cat(groups, dim=1).flatten(0, 1)
     if rule.rule.kind == "gate_up":
         return torch.cat(list(sources), dim=0)
     return sources[0]
@@ -61,7 +61,7 @@ def unpack(rule: BoundRule, shape: ModelShape, target: Tensor) -> tuple[Tensor, 
             f"the tensor has {target.shape[0]} rows, expected {rows}", where=rule.target
         )
     if rule.rule.kind == "qkv":
-        grouped = target.unflatten(0, (shape.num_kv_heads, -1))
+        grouped = target.reshape(shape.num_kv_heads, -1, *target.shape[1:])
         queries = shape.num_heads // shape.num_kv_heads * shape.head_dim
         parts = grouped.split([queries, shape.head_dim, shape.head_dim], dim=1)
         return tuple(part.flatten(0, 1).contiguous() for part in parts)

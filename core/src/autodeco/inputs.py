@@ -1,0 +1,190 @@
+"""What a job reads: its checkpoint, tokenizer, data and problems, the built-in ones included."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from autodeco import stories
+from autodeco.errors import DataError, PluginError
+from autodeco.files import read_json
+from autodeco.job import Job
+from autodeco.registry import Resolution
+
+_TASK_SEED = 20251
+_HELD_OUT = 256
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The resolved inputs of a run.
+
+    Attributes:
+        job: The job with every path filled in.
+        model_name: For checkpoint names.
+        problems: JSONL of problems, or None.
+    """
+
+    job: Job
+    model_name: str
+    problems: Path | None
+
+    @staticmethod
+    def digests(job: Job, resolution: Resolution) -> dict[str, str]:
+        """Returns digests of all inputs, for the job's hash.
+
+        A checkpoint is identified by its config.json, its tensors' names, dtypes and shapes, and
+        its files' sizes: hashing terabytes at every start would cost more than it protects from.
+
+        Raises:
+            DataError, WeightsError: An input is missing or unreadable.
+        """
+        from autodeco.training.data import file_digest
+
+        digests = {"plugin": f"{resolution.row.dist}=={resolution.row.version}"}
+        if job.model is None:
+            digests["model"] = f"built-in {resolution.preset.name}"
+        else:
+            digests["model"] = _model_digest(job.model)
+        if job.data is not None:
+            digests["data"] = file_digest(job.data)
+        elif resolution.preset.task:
+            digests["data"] = f"built-in {resolution.preset.task}"
+        if job.eval_data is not None:
+            digests["eval_data"] = file_digest(job.eval_data)
+        return digests
+
+    def tokenizer(self) -> Any:
+        """Loads the checkpoint's tokenizer.
+
+        Raises:
+            DataError: There is none, or it cannot be loaded.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                str(self.job.model),
+                local_files_only=True,
+                trust_remote_code=self.job.trust_remote_code,
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"the tokenizer cannot be loaded: {error}",
+                where=str(self.job.model),
+                fix="put the tokenizer's files beside the checkpoint's",
+            ) from error
+
+    def load_training_data(self, vocab_size: int, console: Console) -> tuple[Any, Any]:
+        """Loads the training samples and the held-out samples.
+
+        Args:
+            vocab_size: Rows of the output layer; larger token ids are an error.
+            console: What was dropped is said here.
+
+        Raises:
+            DataError: See `autodeco.training.data.load_samples`.
+        """
+        from autodeco.training.data import load_samples, split_held_out
+
+        job, tokenizer = self.job, self.tokenizer()
+        assert job.data is not None and job.model is not None
+
+        def load(path: Path) -> Any:
+            loaded = load_samples(
+                path,
+                tokenizer,
+                vocab_size=vocab_size,
+                max_length=job.max_length,
+                chat_template_kwargs=job.chat_template_kwargs,
+                eos_loss=job.eos_loss,
+                eos_token_ids=eos_token_ids(job.model, tokenizer),
+            )
+            tokens = sum(int(sample.predict.sum()) for sample in loaded.samples)
+            console.print(
+                f"  {path}: {len(loaded.samples):,} samples, {tokens:,} tokens to learn from",
+                highlight=False,
+            )
+            for reason, count in loaded.dropped.items():
+                console.print(f"  [yellow]{count} samples dropped: {reason}[/]", highlight=False)
+            return loaded
+
+        train = load(job.data)
+        if job.eval_data is not None:
+            return train, load(job.eval_data)
+        return split_held_out(train, job.held_out, job.seed)
+
+
+def prepare_inputs(job: Job, resolution: Resolution, directory: Path) -> Inputs:
+    """Fills in the built-in model, data and problems where the job gives none.
+
+    Args:
+        job: With plugin, preset and name set.
+        resolution: Its plugin and preset.
+        directory: The run directory; built-in data is written below it.
+
+    Raises:
+        PluginError: The preset has no built-in model or task, and none was given.
+        EnvironmentProblem: The data cannot be written.
+    """
+    from autodeco.convert.source import built_in_checkpoint
+
+    family, preset = resolution.family, resolution.preset
+    model_name = job.model.resolve().name if job.model else f"{family.id}-{preset.name}"
+    if job.model is None:
+        model = built_in_checkpoint(family, preset, directory / "model")
+        job = job.replace(model=model)
+    problems = job.problems
+    if job.data is None:
+        if preset.task != "stories":
+            raise PluginError(
+                f"preset {preset.name!r} has no built-in task",
+                who=family.id,
+                fix="add --data FILE with your training data (JSONL)",
+            )
+        job, problems = _built_in_data(job, directory / "data")
+    return Inputs(job, model_name, problems)
+
+
+def _built_in_data(job: Job, directory: Path) -> tuple[Job, Path]:
+    """Writes what is missing of the stories; each file appears in one step."""
+    data, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
+    problems = directory / "problems.jsonl"
+    if not data.exists():
+        stories.write_records(data, _TASK_SEED, "train", job.task_samples)
+    if not held_out.exists():
+        stories.write_records(held_out, _TASK_SEED, "heldout", _HELD_OUT)
+    if not problems.exists():
+        stories.write_problems(problems, _TASK_SEED, count=job.evaluate_problems)
+    return job.replace(data=data, eval_data=job.eval_data or held_out), job.problems or problems
+
+
+def eos_token_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Returns every token id that ends an answer, the tokenizer's own first."""
+    found: list[int] = []
+    if getattr(tokenizer, "eos_token_id", None) is not None:
+        found.append(int(tokenizer.eos_token_id))
+    for name in ("generation_config.json", "config.json"):
+        if (model / name).exists():
+            ids = read_json(model / name).get("eos_token_id")
+            found += [ids] if isinstance(ids, int) else list(ids or ())
+    return tuple(dict.fromkeys(found))
+
+
+def _model_digest(model: Path) -> str:
+    from autodeco.convert.safetensors_header import read_checkpoint
+
+    digest = hashlib.sha256()
+    config = model / "config.json"
+    read_json(config)
+    digest.update(config.read_bytes())
+    infos = read_checkpoint(model)
+    for name, info in sorted(infos.items()):
+        digest.update(f"{name} {info.dtype} {info.shape} {info.file.name}\n".encode())
+    for file in sorted({info.file for info in infos.values()}):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,344 @@
+"""The stages of a run, in order, each done once: a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from autodeco.errors import AutodecoError, UsageError
+from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
+from autodeco.inputs import Inputs, prepare_inputs
+from autodeco.job import Job
+from autodeco.registry import Registry, Resolution
+from autodeco.run_directory import STAGES, RunDirectory, open_run, rank, world_size
+
+_NEEDS_MODEL = frozenset({"build", "attach", "train", "evaluate"})
+
+
+@dataclass
+class _State:
+    """What the stages hand on in memory; everything in it can be made again from the files."""
+
+    weights: ImportedWeights | None = None
+    model: BuiltModel | None = None
+    headed: HeadedModel | None = None
+    rows: list[tuple[str, str, float]] = field(default_factory=list)
+    evaluation: Any = None
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run did.
+
+    Attributes:
+        path: The run directory.
+        rows: Stage, what it made, seconds.
+        results: The evaluation's result as JSON, or None.
+        evaluation: A renderable table of it, or None.
+    """
+
+    path: Path
+    rows: tuple[tuple[str, str, float], ...]
+    results: Mapping[str, Any] | None = None
+    evaluation: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the summary for scripts."""
+        stages = [{"stage": s, "made": m, "seconds": round(t, 3)} for s, m, t in self.rows]
+        return {"run": str(self.path), "stages": stages, "evaluation": self.results}
+
+    def table(self) -> Table:
+        """Returns the summary for people."""
+        table = Table(title=f"run {self.path}", title_justify="left")
+        table.add_column("stage")
+        table.add_column("made", overflow="fold")
+        table.add_column("seconds", justify="right")
+        for stage, made, seconds in self.rows:
+            table.add_row(stage, made, f"{seconds:.1f}")
+        return table
+
+
+def run_job(
+    job: Job,
+    *,
+    registry: Registry,
+    stages: Sequence[str] | None = None,
+    console: Console | None = None,
+    provenance: Mapping[str, str] | None = None,
+) -> RunSummary:
+    """Runs the stages of a job, skipping those that are done.
+
+    Args:
+        job: The job; plugin and preset may still be open.
+        registry: Where the plugin is found.
+        stages: Which of `STAGES`; all by default. What they need is made on the way.
+        console: Where progress goes.
+        provenance: Field -> where its value came from; printed and recorded.
+
+    Returns:
+        What was done, on rank 0; on the others an empty summary.
+
+    Raises:
+        AutodecoError: Something that the user can cure; nothing that was done is lost.
+    """
+    console = console or Console(stderr=True)
+    wanted = tuple(stages or STAGES)
+    for stage in wanted:
+        if stage not in STAGES:
+            raise UsageError(f"no stage {stage!r}", fix="choose from " + ", ".join(STAGES))
+    if world_size() > 1:
+        _join_processes(job)
+    resolution = registry.resolve(job.plugin, job.model, job.preset)
+    job = job.replace(
+        plugin=resolution.family.id,
+        preset=resolution.preset.name,
+        name=job.name or f"{resolution.family.id}-{resolution.preset.name}",
+    )
+    return _Run(job, resolution, console, wanted, provenance or {}).execute()
+
+
+class _Run:
+    """One call of `run_job`."""
+
+    def __init__(
+        self,
+        job: Job,
+        resolution: Resolution,
+        console: Console,
+        wanted: Sequence[str],
+        provenance: Mapping[str, str],
+    ) -> None:
+        self.resolution = resolution
+        self.hooks = resolution.hooks()
+        self.console = console
+        self.wanted = wanted
+        self.state = _State()
+        self.provenance = provenance
+        self.inputs: Inputs
+        self.job = job
+
+    def execute(self) -> RunSummary:
+        """Opens the run directory under its lock and goes through the stages."""
+        from autodeco.training.lock import run_lock
+
+        digests = Inputs.digests(self.job, self.resolution)
+        digest = self.job.digest(digests)
+        allow = frozenset(filter(None, self.job.allow_change.replace("-", "_").split(",")))
+        self.directory = self._open(digest, digests, allow)
+        lock = run_lock(self.directory.path) if rank() == 0 else None
+        try:
+            self.inputs = prepare_inputs(self.job, self.resolution, self.directory.path)
+            self.job = self.inputs.job
+            self.digest = digest
+            self._announce()
+            for stage in self.wanted:
+                self._stage(stage)
+            return self._summary()
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _open(self, digest: str, digests: Mapping[str, str], allow: frozenset[str]) -> RunDirectory:
+        if rank() == 0:
+            directory, remarks = open_run(self.job, digest, digests, allow)
+            for remark in remarks:
+                self.console.print(remark, highlight=False)
+            chosen = [str(directory.path), directory.resumed]
+        else:
+            chosen = [None, None]
+        if world_size() > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(chosen, src=0)
+        return RunDirectory(Path(str(chosen[0])), bool(chosen[1]))
+
+    def _announce(self) -> None:
+        family, preset = self.resolution.family, self.resolution.preset
+        self.console.print(
+            f"[bold]autodeco[/bold] {family.title}, preset {preset.name} "
+            f"({self.resolution.reason}), model {self.job.model}",
+            highlight=False,
+        )
+        self.console.print(f"run directory {self.directory.path}", highlight=False)
+
+    def _stage(self, stage: str) -> None:
+        body = getattr(self, f"_{stage}")
+        memory_only = stage in ("build", "attach")
+        if self.directory.done(stage) and not memory_only:
+            self.console.print(f"{stage}: done before, skipped", highlight=False)
+            self._report(stage, self.directory.read_manifest(stage).get("made", ""), 0.0)
+            return
+        if memory_only and not self._model_is_needed():
+            return
+        if rank() != 0 and stage in ("export", "merge", "evaluate"):
+            return
+        self.console.print(f"[bold]{stage}[/bold]", highlight=False)
+        began = time.monotonic()
+        made, outputs = body()
+        seconds = time.monotonic() - began
+        if rank() == 0 and made is not None:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            self.directory.complete(stage, seconds, made=made, peak_rss_bytes=peak, **outputs)
+        self._report(stage, made or "skipped", seconds)
+
+    def _report(self, stage: str, made: str, seconds: float) -> None:
+        self.state.rows.append((stage, made, seconds))
+
+    def _model_is_needed(self) -> bool:
+        left = [s for s in self.wanted if s not in ("build", "attach")]
+        return any(s in _NEEDS_MODEL and not self.directory.done(s) for s in left) or not left
+
+    def _imported(self) -> ImportedWeights:
+        if self.state.weights is None:
+            self.state.weights = self.hooks.import_weights(job=self.job)
+        assert self.state.weights is not None
+        return self.state.weights
+
+    def _built(self) -> BuiltModel:
+        if self.state.model is None:
+            self.state.model = self.hooks.build_model(job=self.job, weights=self._imported())
+        assert self.state.model is not None
+        return self.state.model
+
+    def _headed(self) -> HeadedModel:
+        if self.state.headed is None:
+            self.state.headed = self.hooks.attach_heads(job=self.job, model=self._built())
+        assert self.state.headed is not None
+        return self.state.headed
+
+    def _import(self) -> tuple[str, dict[str, Any]]:
+        weights = self._imported()
+        count = len(weights.weight_map.source_sizes())
+        dropped = dict(weights.weight_map.dropped)
+        for name, reason in sorted(dropped.items())[:3]:
+            self.console.print(f"  dropped {name}: {reason}", highlight=False)
+        made = f"{count} tensors mapped, {len(dropped)} dropped, format {weights.format}"
+        return made, {"format": weights.format, "dropped": dropped, "path": str(weights.path)}
+
+    def _build(self) -> tuple[str, dict[str, Any]]:
+        engine = self._built().engine
+        made = f"engine {engine.name} on {engine.device}, {str(engine.dtype).split('.')[-1]}"
+        return made, {"engine": engine.name, "device": str(engine.device)}
+
+    def _attach(self) -> tuple[str, dict[str, Any]]:
+        count = sum(p.numel() for p in self._headed().heads.parameters())
+        return f"heads {self.job.heads}, {count:,} parameters", {"parameters": count}
+
+    def _train(self) -> tuple[str, dict[str, Any]]:
+        from autodeco.training.loop import train
+
+        headed = self._headed()
+        train_set, eval_set = self.inputs.load_training_data(
+            headed.model.engine.vocab_size, self.console
+        )
+        result = train(
+            self.job,
+            headed.model.engine,
+            headed.heads,
+            train_set,
+            eval_set,
+            self.directory.path,
+            self.inputs.model_name,
+            digest=self.digest,
+            console=self.console,
+        )
+        made = f"{result.steps} steps, {result.samples} samples"
+        if result.best_nll is not None:
+            made += f", best held-out NLL {result.best_nll:.4f} at step {result.best_step}"
+        return made, {"steps": result.steps, "best_step": result.best_step}
+
+    def _export(self) -> tuple[str, dict[str, Any]]:
+        from autodeco.heads.files import load_heads
+        from autodeco.training.checkpoint import find_checkpoint
+
+        checkpoint = find_checkpoint(self.directory.path / "checkpoints", self.job.checkpoint)
+        heads = load_heads(checkpoint).heads
+        model = self.state.model or BuiltModel(None, self._imported())
+        target = self.directory.path / "heads"
+        _remove(target)
+        artifact = self.hooks.export_heads(
+            job=self.job, model=HeadedModel(model, heads), path=target
+        )
+        return f"{artifact.path} from {checkpoint.name}", {"checkpoint": checkpoint.name}
+
+    def _merge(self) -> tuple[str | None, dict[str, Any]]:
+        from autodeco.heads.merge import merge
+
+        if self.job.merge == "none":
+            self.console.print("  --merge none: nothing is merged", highlight=False)
+            return "nothing (--merge none)", {}
+        target = self.directory.path / "merged"
+        _remove(target)
+        report = merge(
+            self._imported().path,
+            self.directory.path / "heads",
+            target,
+            layout=self.job.merge,
+            copy=self.job.copy,
+        )
+        return f"{target} ({report.describe()})", {"layout": self.job.merge}
+
+    def _evaluate(self) -> tuple[str | None, dict[str, Any]]:
+        from autodeco.decoding.stage import evaluate_stage
+
+        problems = self.inputs.problems
+        if problems is None:
+            self.console.print(
+                "  no --problems FILE (lines of problem and gt): evaluation skipped",
+                highlight=False,
+            )
+            return "nothing (no --problems)", {}
+        outcome = evaluate_stage(
+            self.job,
+            self._built(),
+            self.directory.path,
+            problems,
+            self.inputs.tokenizer(),
+            console=self.console,
+        )
+        self.state.evaluation = outcome
+        return f"{outcome.report} ({outcome.verdict})", {"verdict": outcome.verdict}
+
+    def _summary(self) -> RunSummary:
+        outcome = self.state.evaluation
+        results = self.directory.path / "evaluation.json"
+        return RunSummary(
+            self.directory.path,
+            tuple(self.state.rows),
+            json.loads(results.read_text()) if results.exists() else None,
+            outcome.table if outcome else None,
+        )
+
+
+def _remove(path: Path) -> None:
+    """Clears what a stage left whose manifest was never written."""
+    import shutil
+
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _join_processes(job: Job) -> None:
+    """Joins the other processes that torchrun started."""
+    import torch.distributed as dist
+
+    from autodeco.engines.select import choose_device
+
+    if not dist.is_initialized():
+        device = choose_device(job.device)
+        if device.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+__all__ = ["STAGES", "AutodecoError", "RunSummary", "run_job"]

@@ -1,0 +1,173 @@
+"""The run directory: where a run writes, what it has done, and which run is continued."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from autodeco.errors import RunError
+from autodeco.files import atomic_write_json, make_directory, read_json, remove_partial
+from autodeco.job import Job
+
+JOB_FILE = "job.json"
+STAGES = ("import", "build", "attach", "train", "export", "merge", "evaluate")
+_HASH = "job_hash"
+_INPUTS = "inputs"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One run: ``<out>/<name>/<start time>/``.
+
+    Attributes:
+        path: The directory.
+        resumed: Whether it was there before.
+    """
+
+    path: Path
+    resumed: bool
+
+    def manifest(self, stage: str) -> Path:
+        """Returns the path of a stage's manifest; the stage is done when it exists."""
+        return self.path / "stages" / f"{stage}.json"
+
+    def done(self, stage: str) -> bool:
+        """Returns whether the stage has been completed."""
+        return self.manifest(stage).exists()
+
+    def read_manifest(self, stage: str) -> dict[str, Any]:
+        """Returns what a completed stage recorded."""
+        return dict(read_json(self.manifest(stage)))
+
+    def complete(self, stage: str, seconds: float, **outputs: Any) -> None:
+        """Marks a stage as done, with what it made and the versions that made it."""
+        atomic_write_json(
+            self.manifest(stage),
+            {
+                "stage": stage,
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(seconds, 3),
+                "versions": versions(),
+                **outputs,
+            },
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Returns whether every stage is done."""
+        return all(self.done(stage) for stage in STAGES)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that matter, without importing them."""
+    found = {"python": platform.python_version()}
+    for name in ("autodeco", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def open_run(
+    job: Job, digest: str, inputs: Mapping[str, str], allow: frozenset[str]
+) -> tuple[RunDirectory, list[str]]:
+    """Begins a run, or finds the one to continue.
+
+    Args:
+        job: The resolved job; ``name`` is set.
+        digest: Its hash.
+        inputs: Digests of what it reads.
+        allow: Fields that may differ from the resumed run's.
+
+    Returns:
+        The run directory, with ``job.json`` written, and remarks for the user.
+
+    Raises:
+        RunError: ``--resume PATH`` names no run, or one of another job; the message has the diff.
+        EnvironmentProblem: The directory cannot be written.
+    """
+    base = job.out / (job.name or "run")
+    remarks: list[str] = []
+    found: Path | None = None
+    if job.resume not in ("auto", "new"):
+        found = Path(job.resume)
+        _check_same(found, job, digest, inputs, allow)
+    elif job.resume == "auto":
+        found, remarks = _newest_unfinished(base, digest)
+    path = found or _new_directory(base)
+    for folder in (path, path / "stages", path / "checkpoints"):
+        make_directory(folder)
+        for left in remove_partial(folder):
+            remarks.append(f"removed {left.name}, left by an interrupted run")
+    atomic_write_json(
+        path / JOB_FILE, {**job.to_json(), _HASH: digest, _INPUTS: dict(inputs), "resume": "auto"}
+    )
+    return RunDirectory(path, found is not None), remarks
+
+
+def job_values(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the job's fields of a ``job.json``: a run's own file is a valid ``--config``."""
+    return {key: value for key, value in content.items() if key not in (_HASH, _INPUTS)}
+
+
+def _new_directory(base: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = base / stamp
+    number = 1
+    while path.exists():
+        path = base / f"{stamp}-{number}"
+        number += 1
+    return path
+
+
+def _newest_unfinished(base: Path, digest: str) -> tuple[Path | None, list[str]]:
+    remarks: list[str] = []
+    runs = sorted((p for p in base.glob("*") if (p / JOB_FILE).exists()), reverse=True)
+    for path in runs:
+        if RunDirectory(path, True).finished:
+            continue
+        if read_json(path / JOB_FILE).get(_HASH) == digest:
+            return path, [*remarks, f"continuing the unfinished run {path}"]
+        remarks.append(f"the unfinished run {path} is of another job; it is left alone")
+    return None, remarks[:1]
+
+
+def _check_same(
+    path: Path, job: Job, digest: str, inputs: Mapping[str, str], allow: frozenset[str]
+) -> None:
+    if not (path / JOB_FILE).exists():
+        raise RunError("no run is there", where=str(path), fix="give the path of a run directory")
+    old = read_json(path / JOB_FILE)
+    if old.get(_HASH) == digest:
+        return
+    mine = {**job.result_values(), **{f"{k} (content)": v for k, v in inputs.items()}}
+    theirs = {**old, **{f"{k} (content)": v for k, v in (old.get(_INPUTS) or {}).items()}}
+    changed = [name for name, value in mine.items() if theirs.get(name) != value]
+    refused = [name for name in changed if name.removesuffix(" (content)") not in allow]
+    if refused:
+        lines = [f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in refused]
+        names = ",".join(dict.fromkeys(n.removesuffix(" (content)") for n in refused))
+        raise RunError(
+            "the run was begun with other options that change its result:\n    "
+            + "\n    ".join(lines),
+            where=str(path),
+            fix=f"use the old values, begin a new run (--resume new), or --allow-change {names}",
+        )
+
+
+def rank() -> int:
+    """Returns this process's rank under torchrun, 0 without."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Returns the number of processes under torchrun, 1 without."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
