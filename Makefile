@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first target makes. PIP_ARGS and PYTHON can be set from outside.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := -e core -e plugins/qwen3
+TOOLS := pytest pytest-timeout pytest-xdist hypothesis scipy ruff mypy import-linter build hatchling types-PyYAML
+
+.PHONY: setup demo test test-all lint dist clean
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt core/pyproject.toml plugins/qwen3/pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS)
+	$(BIN)/python -m pip install -q -c constraints.txt $(PACKAGES)
+	touch $@
+
+demo: setup
+	$(BIN)/autodeco run --plugin qwen3
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build -q --outdir dist core
+	$(BIN)/python -m build -q --outdir dist plugins/qwen3
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache
