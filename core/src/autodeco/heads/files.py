@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -28,12 +27,12 @@ from autodeco.files import (
     read_json,
 )
 from autodeco.heads.modules import DecodingHeads, HeadsConfig
+from autodeco.heads.shards import INDEX_FILE, read_tensors, read_weight_map, tensor_names
 
 HEADS_MODEL_TYPE = "autodeco_heads"
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 PUBLISHED_FILE = "autodeco_heads.safetensors"
 NATIVE_DIRECTORY = "autodeco"
 BACKBONE_PREFIX = "llm."
@@ -43,6 +42,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+MERGE_KEYS = ("layout", "generation_config", "single_file")  # what merging adds to the metadata
 SHAPE_FIELDS = (
     "model_type",
     "hidden_size",
@@ -220,7 +220,7 @@ def _known(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("model_type") == HEADS_MODEL_TYPE:
         return dict(config)
     if isinstance(config.get("autodeco"), Mapping):  # a merged directory of ours
-        return {k: v for k, v in config["autodeco"].items() if k != "generation_config"}
+        return {k: v for k, v in config["autodeco"].items() if k not in MERGE_KEYS}
     keys = ("base_model_name_or_path", "base_model_type", "temperature_scale", "top_p_scale")
     return {key: config[key] for key in keys if key in config}
 
@@ -244,7 +244,7 @@ def _locate(path: Path) -> tuple[dict[Path, tuple[str, ...]], Mapping[str, Any]]
     if config.get("model_type") == HEADS_MODEL_TYPE:
         if config.get("format_version", 1) != FORMAT_VERSION:
             raise WeightsError(
-                f"heads of format {config['format_version']!r}, this program reads {FORMAT_VERSION}",
+                f"heads of format {config['format_version']!r}; {FORMAT_VERSION} is known here",
                 where=str(path / CONFIG_FILE),
                 fix="update autodeco",
             )
@@ -269,46 +269,6 @@ def _locate(path: Path) -> tuple[dict[Path, tuple[str, ...]], Mapping[str, Any]]
     )
 
 
-def read_weight_map(directory: Path) -> dict[str, str]:
-    """The index's table from tensor name to shard; no shard may lie outside the directory.
-
-    Raises:
-        WeightsError: malformed, or a shard's name is not a plain file name.
-    """
-    index = read_json(directory / INDEX_FILE)
-    table = index.get("weight_map") if isinstance(index, Mapping) else None
-    if not isinstance(table, Mapping) or not table:
-        raise WeightsError("the index has no weight_map", where=str(directory / INDEX_FILE))
-    for name, shard in table.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise WeightsError(
-                f"tensor {name} points to {shard!r}, which is not a file of this directory",
-                where=str(directory / INDEX_FILE),
-            )
-    return dict(cast(Mapping[str, str], table))
-
-
-def _unreadable(file: Path, error: Exception) -> WeightsError:
-    return WeightsError(
-        f"not a complete safetensors file: {error}",
-        where=str(file),
-        fix="the file is missing, damaged or was cut short: fetch or write it again",
-    )
-
-
-def tensor_names(file: Path) -> tuple[str, ...]:
-    """The names in a safetensors file; reads its header only.
-
-    Raises:
-        WeightsError: missing, truncated or malformed.
-    """
-    try:
-        with safe_open(file, framework="pt") as reader:
-            return tuple(reader.keys())
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
-
-
 def _head_names(file: Path) -> tuple[str, ...]:
     names = tensor_names(file)
     heads = tuple(name for name in names if name.startswith(HEAD_PREFIXES))
@@ -320,19 +280,6 @@ def _head_names(file: Path) -> tuple[str, ...]:
             fix="heads are named temp_head.mlp.{0,2}.* and top_p_head.mlp.{0,2}.*",
         )
     return heads
-
-
-def read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Reads the named tensors alone.
-
-    Raises:
-        WeightsError: the file is damaged or lacks one of them.
-    """
-    try:
-        with safe_open(file, framework="pt") as reader:
-            return {name: reader.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
 
 
 def _infer(tensors: Mapping[str, Tensor], path: Path) -> HeadsConfig:
