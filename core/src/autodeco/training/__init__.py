@@ -1,0 +1,1 @@
+"""Training the heads: data, batches, schedule, loop, checkpoints."""
