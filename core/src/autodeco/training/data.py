@@ -1,6 +1,6 @@
 """Training data: JSON lines in three schemas, checked line by line.
 
-``{"prompt", "completion"}`` (text, already formatted), ``{"inputs": {"p_ids", "r_ids"}}`` (token ids)
+``{"prompt", "completion"}`` (text, already formatted), ``{"inputs": {"p_ids", "r_ids"}}`` (ids)
 and ``{"messages": [...]}`` (a chat, through the checkpoint's own template).
 """
 
@@ -183,10 +183,10 @@ def _tokenize(
         inputs = record["inputs"]
         if not isinstance(inputs, dict):
             raise DataError("inputs is no object", fix='write {"inputs": {"p_ids", "r_ids"}}')
-        prompt, completion = (_id_list(inputs, key) for key in ("p_ids", "r_ids"))
-        if not completion:
+        p_ids, r_ids = (_id_list(inputs, key) for key in ("p_ids", "r_ids"))
+        if not r_ids:
             raise DataError("the completion is empty", fix="remove the line")
-        return Tokenized.of(prompt, completion, eos)
+        return Tokenized.of(p_ids, r_ids, eos)
     prompt, completion = (_text(record, key) for key in ("prompt", "completion"))
     return tokenize_text(tokenizer, prompt, completion, eos)
 

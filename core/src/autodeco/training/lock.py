@@ -1,0 +1,65 @@
+"""A lock on a run directory; the system frees it when its holder ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+from autodeco.errors import EnvironmentProblem, RunError
+
+LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True)
+class RunLock:
+    """A held lock.
+
+    Attributes:
+        stream: The open file; closing it frees the lock.
+    """
+
+    stream: TextIO
+
+    def release(self) -> None:
+        """Frees the lock."""
+        self.stream.close()
+
+
+def run_lock(directory: Path) -> RunLock:
+    """Takes the lock of a run directory.
+
+    Raises:
+        RunError: Another process has it; the message names it.
+        EnvironmentProblem: The lock file cannot be opened.
+    """
+    path = directory / LOCK_FILE
+    try:
+        stream = path.open("a+")
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"cannot lock the run: {error.strerror}",
+            where=str(path),
+            fix="make the directory writable, or choose another with --out",
+        ) from error
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.seek(0)
+        holder = stream.read().strip() or "another process"
+        stream.close()
+        raise RunError(
+            f"the run is in use by {holder}",
+            where=str(directory),
+            fix="wait for it, stop it, or begin another run with --resume new",
+        ) from error
+    stream.truncate(0)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": now}, stream)
+    stream.flush()
+    return RunLock(stream)

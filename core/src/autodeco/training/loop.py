@@ -1,0 +1,338 @@
+"""The training loop: hidden states from the engine, gradients of the heads alone."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import Tensor
+
+from autodeco.engines.base import Engine
+from autodeco.errors import NumericsError
+from autodeco.heads.modules import DecodingHeads
+from autodeco.heads.objective import OBJECTIVES, ObjectiveSums, objective_sums
+from autodeco.job import Job
+from autodeco.training.batching import global_batch_at, microbatches, steps_per_epoch
+from autodeco.training.checkpoint import (
+    TrainingState,
+    load_newest,
+    remove_old,
+    save_checkpoint,
+)
+from autodeco.training.data import Sample, SampleSet
+from autodeco.training.logging import MetricsLog, ProgressLine
+from autodeco.training.schedule import Schedule
+from autodeco.training.validation import add_over_ranks, collapse_warning, measure, summarize
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run came to.
+
+    Attributes:
+        steps: Steps done.
+        samples: Samples seen.
+        best_step: The step with the lowest held-out NLL.
+        best_nll: That NLL, nats a token.
+        metrics: The last held-out measurement.
+    """
+
+    steps: int
+    samples: int
+    best_step: int
+    best_nll: float | None
+    metrics: Mapping[str, float]
+
+
+def train(
+    job: Job,
+    engine: Engine,
+    heads: DecodingHeads,
+    train_set: SampleSet,
+    eval_set: SampleSet,
+    directory: Path,
+    model_name: str,
+    *,
+    digest: str,
+    metadata: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Trains the heads, continuing from the newest whole checkpoint in `directory`.
+
+    Under torch.distributed every rank takes its share of each global batch, gradients are summed,
+    and rank 0 alone writes.
+
+    Args:
+        job: Schedule, batch sizes, objective, seeds.
+        engine: The frozen backbone.
+        heads: Trained in place, float32, on the engine's device.
+        train_set: Samples to learn from.
+        eval_set: Held-out samples.
+        directory: The run directory.
+        model_name: For checkpoint names.
+        digest: The job's hash, recorded.
+        metadata: Recorded in every checkpoint's config.json.
+        console: Where progress goes.
+
+    Raises:
+        NumericsError: A loss or a gradient is not finite; the last checkpoint is intact.
+        EnvironmentProblem: A checkpoint cannot be written.
+    """
+    loop = _Loop(job, engine, heads, train_set.samples, eval_set.samples, directory, model_name)
+    loop.digest, loop.metadata = digest, dict(metadata or {})
+    loop.console = console or Console(stderr=True)
+    return loop.run()
+
+
+class _Loop:
+    digest: str
+    metadata: dict[str, Any]
+    console: Console
+
+    def __init__(
+        self,
+        job: Job,
+        engine: Engine,
+        heads: DecodingHeads,
+        samples: tuple[Sample, ...],
+        held_out: tuple[Sample, ...],
+        directory: Path,
+        model_name: str,
+    ) -> None:
+        self.job, self.engine, self.heads = job, engine, heads
+        self.samples, self.held_out = samples, held_out
+        self.directory, self.model_name = directory, model_name
+        self.objective = OBJECTIVES[job.objective]
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        available = job.epochs * steps_per_epoch(len(samples), job.global_batch)
+        self.total = min(job.max_steps, available) if job.max_steps else available
+        self.schedule = Schedule(
+            job.learning_rate,
+            job.min_learning_rate,
+            job.warmup_steps,
+            job.constant_steps,
+            self.total,
+        )
+        self.optimizer = torch.optim.AdamW(
+            heads.parameters(), lr=job.learning_rate, weight_decay=job.weight_decay, foreach=False
+        )
+        self.step = self.seen = self.moved = self.best_step = 0
+        self.best_nll: float | None = None
+        self.last: dict[str, float] = {}
+        self.output = engine.output_weight()
+
+    def run(self) -> TrainResult:
+        self._resume()
+        log = (
+            MetricsLog(self.directory, self.step, self.job.track, self.job.to_json())
+            if self.rank == 0
+            else None
+        )
+        progress = ProgressLine(
+            self.console if self.rank == 0 else Console(quiet=True),
+            self.total,
+            self.step,
+            self.job.log_seconds,
+        )
+        try:
+            with _checkpoint_on_signal() as asked, progress:
+                if self.step == 0:
+                    self._evaluate(log)
+                    self._save()
+                while self.step < self.total:
+                    self._one_step(log, progress)
+                    last = self.step == self.total
+                    if last or self.step % self.job.eval_every == 0:
+                        self._evaluate(log)
+                    if last or self.step % self.job.save_every == 0 or asked.is_set():
+                        self._save()
+                    if asked.is_set():
+                        raise KeyboardInterrupt
+        finally:
+            if log is not None:
+                log.close()
+        return TrainResult(self.step, self.seen, self.best_step, self.best_nll, self.last)
+
+    def _resume(self) -> None:
+        def warn(text: str) -> None:
+            self.console.print(f"  [yellow]{text}[/]", highlight=False)
+
+        found = load_newest(self.directory / "checkpoints", warn)
+        if self.job.max_steps and self.total < self.job.max_steps and self.rank == 0:
+            warn(
+                f"--max-steps {self.job.max_steps} is more than the data gives in "
+                f"{self.job.epochs} epochs: {self.total} steps"
+            )
+        if found is None:
+            return
+        tensors, moments, state = found
+        self.heads.load_state_dict(tensors)
+        _load_moments(self.optimizer, self.heads, moments, state.optimizer_steps)
+        self.step, self.seen, self.moved = state.step, state.samples, state.optimizer_steps
+        self.best_step, self.best_nll = state.best_step, state.best_nll
+        if self.rank == 0:
+            self.console.print(f"  resumed at step {self.step}/{self.total}", highlight=False)
+
+    def _one_step(self, log: MetricsLog | None, progress: ProgressLine) -> None:
+        began = time.monotonic()
+        epoch, indices = global_batch_at(
+            self.step, len(self.samples), self.job.global_batch, self.job.seed
+        )
+        batch = [self.samples[i] for i in indices]
+        mine = microbatches(
+            batch, self.job.micro_batch_tokens, world_size=self.world, rank=self.rank
+        )
+        self.optimizer.zero_grad(set_to_none=False)
+        sums = ObjectiveSums.zero()
+        for hidden in self.engine.hidden_states(mine):
+            if hidden is not None:
+                sums += objective_sums(
+                    self.heads,
+                    hidden,
+                    self.output,
+                    self.objective,
+                    seed=self.job.seed,
+                    epoch=epoch,
+                    backward=True,
+                    drop=self.job.drop,
+                )
+        sums = add_over_ranks(sums, self.engine.device)
+        rate = self.schedule.rate(self.step)
+        norm = self._move(sums.normalizer, rate) if sums.normalizer else 0.0
+        self.step += 1
+        self.seen += len(batch)
+        if log is not None:
+            values = summarize(sums)
+            seconds = time.monotonic() - began
+            extra = {
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "samples": float(self.seen),
+                "seconds": seconds,
+                "tokens_per_second": sum(len(s.ids) for s in batch) / max(seconds, 1e-9),
+            }
+            log.write("train", self.step, {**values, **extra})
+            progress.update(self.step, values)
+
+    def _move(self, normalizer: int, rate: float) -> float:
+        """Sums the gradients over ranks, divides, clips, and takes one optimizer step."""
+        gradients = [
+            p.grad if p.grad is not None else torch.zeros_like(p) for p in self.heads.parameters()
+        ]
+        flat = torch.cat([g.flatten() for g in gradients])
+        if self.world > 1:
+            dist.all_reduce(flat)
+        flat /= normalizer
+        norm = float(flat.norm())
+        if not torch.isfinite(flat).all():
+            raise NumericsError(
+                "the gradient of the heads is not finite",
+                where=f"step {self.step}",
+                fix="the last checkpoint is intact; try a smaller --learning-rate",
+            )
+        if norm > self.job.clip:
+            flat *= self.job.clip / norm
+        pieces = flat.split([g.numel() for g in gradients])
+        for parameter, piece in zip(self.heads.parameters(), pieces, strict=True):
+            parameter.grad = piece.view_as(parameter).clone()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.moved += 1
+        return norm
+
+    def _evaluate(self, log: MetricsLog | None) -> None:
+        mine = microbatches(
+            self.held_out, self.job.micro_batch_tokens, world_size=self.world, rank=self.rank
+        )
+        metrics = measure(self.engine, self.heads, mine, self.objective, seed=self.job.seed)
+        self.last = metrics
+        if self.best_nll is None or metrics["nll"] < self.best_nll:
+            self.best_nll, self.best_step = metrics["nll"], self.step
+            self._save()
+        if log is None:
+            return
+        log.write("eval", self.step, metrics)
+        self.console.print(
+            f"  held out at step {self.step}: NLL {metrics['nll']:.4f}, "
+            f"{metrics['outside_nucleus']:.1%} of labels outside the nucleus, "
+            f"T {metrics['temperature_mean']:.3f} ± {metrics['temperature_std']:.3f}, "
+            f"P {metrics['top_p_mean']:.3f} ± {metrics['top_p_std']:.3f}",
+            highlight=False,
+        )
+        warning = collapse_warning(metrics, self.heads)
+        if warning:
+            self.console.print(f"  [yellow]{warning}[/]", highlight=False)
+
+    def _save(self) -> None:
+        if self.rank == 0:
+            state = TrainingState(
+                self.step,
+                self.seen,
+                self.moved,
+                self.total,
+                self.job.seed,
+                self.digest,
+                self.best_step,
+                self.best_nll,
+            )
+            folder = self.directory / "checkpoints"
+            moments = _moments(self.optimizer, self.heads)
+            save_checkpoint(folder, self.model_name, self.heads, moments, state, self.metadata)
+            remove_old(folder, self.job.keep, self.best_step)
+        if self.world > 1:
+            dist.barrier()
+
+
+def _moments(optimizer: torch.optim.Optimizer, heads: DecodingHeads) -> dict[str, Tensor]:
+    """Returns Adam's moments by parameter name; empty before the first step."""
+    result: dict[str, Tensor] = {}
+    for name, parameter in heads.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in optimizer.state.get(parameter, {}):
+                result[f"{name}.{key}"] = optimizer.state[parameter][key]
+    return result
+
+
+def _load_moments(
+    optimizer: torch.optim.Optimizer,
+    heads: DecodingHeads,
+    moments: Mapping[str, Tensor],
+    steps: int,
+) -> None:
+    if not moments:
+        return
+    for name, parameter in heads.named_parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(steps)),
+            "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device),
+            "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device),
+        }
+
+
+@contextmanager
+def _checkpoint_on_signal() -> Iterator[threading.Event]:
+    """SIGTERM and SIGINT ask for a checkpoint at the end of the step instead of ending at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in signals}
+    for number in signals:
+        signal.signal(number, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
