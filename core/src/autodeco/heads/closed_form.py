@@ -12,7 +12,7 @@ a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,20 +44,20 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Logits of some tokens and the head of each row's order.
+class Order:
+    """What is kept of the logits of some tokens: the head of each row's order, and the label.
 
     Attributes:
-        logits: [n, V], the backbone's dtype.
+        vocab: V.
         label: int64 [n].
         peak: [n, 1], the row maximum, float32 (float64 for float64 logits).
         head: [n, K], the K largest x in descending order.
         rank: int64 [n], the label's place in the order (logit, then smaller id first), or -1
-            where the label is not above the K-th logit.
+            where the label is not above the K-th logit ("in the tail").
         label_x: [n], x of the label.
     """
 
-    logits: Tensor
+    vocab: int
     label: Tensor
     peak: Tensor
     head: Tensor
@@ -67,15 +67,11 @@ class Block:
     @property
     def whole(self) -> bool:
         """Whether the head is the whole vocabulary."""
-        return self.head.shape[-1] == self.logits.shape[-1]
-
-    def select(self, rows: Tensor) -> Block:
-        """A copy of some rows."""
-        return Block(*(getattr(self, f.name)[rows] for f in fields(self)))
+        return self.head.shape[-1] == self.vocab
 
 
-def make_block(logits: Tensor, label: Tensor, width: int) -> Block:
-    """Find the ``width`` largest logits of each row and the label among them."""
+def order_of(logits: Tensor, label: Tensor, width: int) -> Order:
+    """Find the ``width`` largest of the logits [n, V] and the label [n] among them."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     vocab = logits.shape[-1]
     values, ids = largest(logits, min(width, vocab))
@@ -86,14 +82,7 @@ def make_block(logits: Tensor, label: Tensor, width: int) -> Block:
         # Ties with the K-th logit may lie outside: such a label counts as one of the tail.
         rank = torch.where(label_logit[:, 0] > values[:, -1], rank, -1)
     peak = values[:, :1].to(wide)
-    return Block(
-        logits=logits,
-        label=label,
-        peak=peak,
-        head=values - peak,
-        rank=rank,
-        label_x=(label_logit - peak)[:, 0],
-    )
+    return Order(vocab, label, peak, values - peak, rank, (label_logit - peak)[:, 0])
 
 
 def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -107,7 +96,7 @@ def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k * 4 > columns:
         top = torch.topk(z, k, dim=-1)
         return top.values, top.indices
-    grouped = z[:, : columns * _GROUP].unflatten(-1, (_GROUP, columns))
+    grouped = z[:, : columns * _GROUP].reshape(-1, _GROUP, columns)
     chosen = torch.topk(grouped.amax(1), k, dim=-1, sorted=False).indices.unsqueeze(1)
     candidates = grouped.gather(2, chosen.expand(-1, _GROUP, -1)).flatten(1)
     offset = torch.arange(_GROUP, device=z.device).view(1, _GROUP, 1) * columns
@@ -142,12 +131,18 @@ class Moments:
 
 
 def moments(
-    block: Block, temperature: Tensor, work: Workspace, *, features: bool, slopes: bool
+    logits: Tensor,
+    peak: Tensor,
+    temperature: Tensor,
+    work: Workspace,
+    *,
+    features: bool = False,
+    slopes: bool = False,
 ) -> Moments:
-    """One sweep over a block at temperature T [n]; overwrites the workspace's scratch."""
-    n, vocab = block.logits.shape
+    """One sweep over logits [n, V] at temperature T [n]; overwrites the workspace's scratch."""
+    n, vocab = logits.shape
     t = temperature.unsqueeze(-1)
-    x = torch.sub(block.logits, block.peak, out=work.x[:n])
+    x = torch.sub(logits, peak, out=work.x[:n])
     e = torch.div(x, t, out=work.e[:n]).exp_()
     total = e.sum(-1)
     energy = dot(e, x) / total
@@ -173,13 +168,13 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.unsqueeze(1), b.unsqueeze(2)).view(-1)
 
 
-def features(block: Block, m: Moments, top: int) -> tuple[Tensor, Tensor]:
+def features(order: Order, m: Moments, top: int) -> tuple[Tensor, Tensor]:
     """The top-p head's four features and their derivatives in T, both [n, 4].
 
     The derivatives are zero where the moments were taken without slopes.
     """
     t = m.temperature
-    head = block.head[:, :top]
+    head = order.head[:, :top]
     p = (head / t.unsqueeze(-1)).exp_() / m.total.unsqueeze(-1)
     entropy = m.total.log() - m.energy / t
     assert m.variance is not None
@@ -191,13 +186,12 @@ def features(block: Block, m: Moments, top: int) -> tuple[Tensor, Tensor]:
     return values, slopes
 
 
-def label_log_p(block: Block, m: Moments) -> tuple[Tensor, Tensor]:
+def label_log_p(order: Order, m: Moments) -> tuple[Tensor, Tensor]:
     """log p_y and its derivative in T, both [n]."""
     t = m.temperature
-    return block.label_x / t - m.total.log(), (m.energy - block.label_x) / (t * t)
+    return order.label_x / t - m.total.log(), (m.energy - order.label_x) / (t * t)
 
 
-def base_log_p(block: Block, work: Workspace) -> Tensor:
-    """log softmax(z)_y [n] of the frozen model at T = 1; overwrites the workspace's scratch."""
-    x = torch.sub(block.logits, block.peak, out=work.x[: len(block.label)])
-    return block.label_x - x.exp_().sum(-1).log()
+def base_total(logits: Tensor, peak: Tensor, work: Workspace) -> Tensor:
+    """Sum of exp(x) [n], the frozen model's at T = 1; overwrites the workspace's scratch."""
+    return torch.sub(logits, peak, out=work.x[: len(peak)]).exp_().sum(-1)

@@ -2,8 +2,10 @@
 
 ``loss = L_T + L_P`` a token, with ``L_T = -w_T log p_y`` for the temperature and
 ``L_P = -w_P log(p_y m_y / Z)`` for the top-p (notation in :mod:`autodeco.heads.closed_form`).
-Only T and P carry gradient, so a token keeps two losses and a few derivatives, and the
-logits of a chunk are gone before the next chunk is made. A missing head's term is left out: with
+Only T and P carry gradient, so a token keeps two losses and a few derivatives. Tokens go in groups
+through the heads and, inside a group, in blocks through the vocabulary; the logits of a block are
+gone before the next is made, so memory depends on neither the length nor its product with V.
+A missing head's term is left out: with
 P = 1 the mask is 1 and L_P would only repeat L_T, and with T = 1 L_T is a constant. (``paper``
 has no L_T; its one term then trains whichever head is there.)
 """
@@ -19,10 +21,10 @@ from torch import Tensor
 from autodeco.errors import NumericsError
 from autodeco.heads import closed_form
 from autodeco.heads.closed_form import Workspace
-from autodeco.heads.losses import TokenTerms, token_terms
+from autodeco.heads.losses import Seen, TokenTerms, join, see, token_terms
 from autodeco.heads.modules import TOP_SUM, DecodingHeads
 from autodeco.heads.random import keep_mask
-from autodeco.heads.soft_mask import first_width
+from autodeco.heads.soft_mask import Look, first_width
 from autodeco.heads.variants import OBJECTIVES, Objective
 
 __all__ = ["OBJECTIVES", "Objective", "ObjectiveSums", "objective_sums"]
@@ -30,9 +32,9 @@ __all__ = ["OBJECTIVES", "Objective", "ObjectiveSums", "objective_sums"]
 if TYPE_CHECKING:
     from autodeco.engines.base import HiddenBatch, OutputWeight
 
-# Blocks of logits that fit a CPU's memory without page faults mattering, and that fill a GPU.
-CPU_BLOCK_BYTES = 64 * 2**20
-GPU_BLOCK_BYTES = 2 * 2**30
+# A block of logits with its scratch, and what a group of tokens keeps while its heads are trained.
+BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
+GROUP_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,16 @@ def _by_derivatives(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
     return cast(Tensor, cast(Any, _ByDerivatives).apply(value.to(pairs[0][0].dtype), *flat))
 
 
-def chunk_tokens_for(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens whose block of logits and scratch fit the byte budget of the device."""
-    budget = CPU_BLOCK_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+def block_tokens(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens whose logits and scratch fit the byte budget of the device."""
+    budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
     return max(1, budget // (vocab * Workspace.bytes_per_logit(dtype)))
+
+
+def group_tokens(vocab: int, hidden_size: int, device: torch.device) -> int:
+    """Tokens whose head inputs and heads of the order fit the byte budget of the device."""
+    budget = GROUP_BYTES.get(device.type, GROUP_BYTES["cuda"])
+    return max(1, budget // (16 * hidden_size + 48 * first_width(vocab) + 4096))
 
 
 def objective_sums(
@@ -130,7 +138,7 @@ def objective_sums(
         backward: accumulate d(sum of loss)/d(parameters); the caller divides by the global
             :attr:`ObjectiveSums.normalizer`.
         drop: share to drop instead of the objective's own.
-        chunk_tokens: tokens a chunk; default from a byte budget.
+        chunk_tokens: tokens a block of logits; default from a byte budget.
 
     Raises:
         NumericsError: logits or a loss that are not finite, with the sample and the token.
@@ -143,8 +151,8 @@ def objective_sums(
         return ObjectiveSums.zero()
     job = _Job(heads, hidden, output, objective, backward)
     job.prepare(seed, epoch, objective.drop if drop is None else drop, chunk_tokens)
-    for start in range(0, m, job.chunk):
-        job.step(slice(start, min(m, start + job.chunk)))
+    for start in range(0, m, job.group):
+        job.step(start, min(m, start + job.group))
     return job.sums()
 
 
@@ -175,11 +183,12 @@ class _Job:
         self.first_bad = torch.full((), hidden.h.shape[0], dtype=torch.int64, device=device)
 
     def prepare(self, seed: int, epoch: int, drop: float, chunk_tokens: int | None) -> None:
-        """Choose the chunk, draw the drop and, for per-sample means, count the kept tokens."""
+        """Choose block and group, draw the drop and, for means per sample, count kept tokens."""
         hidden, m = self.hidden, self.hidden.h.shape[0]
         vocab, dtype, device = self.weight.shape[0], hidden.h.dtype, hidden.h.device
-        self.chunk = min(m, chunk_tokens or chunk_tokens_for(vocab, dtype, device))
-        self.work = Workspace(self.chunk, vocab, dtype, device, scratch=3 if self.slopes else 2)
+        self.block = min(m, chunk_tokens or block_tokens(vocab, dtype, device))
+        self.group = max(self.block, group_tokens(vocab, hidden.h.shape[1], device))
+        self.work = Workspace(self.block, vocab, dtype, device, scratch=3 if self.slopes else 2)
         self.spared = (
             keep_mask(seed, epoch, hidden.sample_id, hidden.token_index, drop) if drop > 0 else None
         )
@@ -196,12 +205,12 @@ class _Job:
         )
 
     def _weigh_samples(self) -> None:
-        m, chunk = self.hidden.h.shape[0], self.chunk
+        m = self.hidden.h.shape[0]
         kept = torch.ones(m, dtype=torch.bool, device=self.hidden.h.device)
         if self.spared is not None:
-            for start in range(0, m, chunk):
-                s = slice(start, min(m, start + chunk))
-                kept[s] = self._keep(self._logits(s), s)
+            for start in range(0, m, self.block):
+                index = slice(start, min(m, start + self.block))
+                kept[index] = self._keep(self._logits(self.hidden.h[index]), index)
         samples, sample = torch.unique(self.hidden.sample_id, return_inverse=True)
         count = torch.zeros(len(samples), dtype=torch.float64, device=kept.device)
         all_of = count.index_add(0, sample, torch.ones_like(kept, dtype=torch.float64))
@@ -210,80 +219,88 @@ class _Job:
         self.token_weight = (kept / kept_of[sample], 1.0 / all_of[sample])
         self.normalizer = len(samples)
 
-    def _logits(self, s: slice) -> Tensor:
+    def _logits(self, h: Tensor) -> Tensor:
+        """[n, V] of some hidden states, in the workspace: gone with the next call."""
         with torch.no_grad():
-            h = self.hidden.h[s]
             return torch.mm(h, self.weight.t(), out=self.work.logits[: h.shape[0]])
 
-    def _keep(self, logits: Tensor, s: slice) -> Tensor:
+    def _keep(self, logits: Tensor, index: slice) -> Tensor:
         """Tokens that the drop spares; arg-max takes the smaller id of a tie."""
         if self.spared is None:
             return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
-        return (logits.argmax(-1) != self.hidden.label[s]) | self.spared[s]
+        return (logits.argmax(-1) != self.hidden.label[index]) | self.spared[index]
 
-    def step(self, s: slice) -> None:
-        """Add one chunk to the sums and to the gradient."""
-        logits = self._logits(s)
-        index = torch.arange(s.start, s.stop, device=logits.device)
-        keep = self._keep(logits, s) if self.kept is None else self.kept[s]
-        if self.compact:
-            rows = keep.nonzero()[:, 0]
-            if rows.numel() < len(index):
-                logits, index, keep = logits[rows], index[rows], keep[rows]
-        if len(index) == 0:
-            return
-        weights: tuple[Tensor, Tensor | None]
-        if self.token_weight is not None:
-            weights = (self.token_weight[0][index], self.token_weight[1][index])
-        else:
-            weights = (keep.float(), keep.float() if self.objective.drop_top_p else None)
+    def step(self, start: int, stop: int) -> None:
+        """Add a group of tokens to the sums and to the gradient."""
         with torch.set_grad_enabled(self.backward):
-            loss = self._loss(logits, index, keep, *weights)
+            t = self.heads.temperature(self.hidden.h[start:stop])
+            with torch.no_grad():
+                seen, index, keep = self._see(start, stop, t.detach())
+            if seen is None:
+                return
+            t = t if len(index) == stop - start else t[index - start]
+            loss = self._loss(seen, index, keep, t)
             if self.backward and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
 
-    def _loss(
-        self,
-        logits: Tensor,
-        index: Tensor,
-        keep: Tensor,
-        temperature_weight: Tensor,
-        top_p_weight: Tensor | None,
-    ) -> Tensor:
+    def _see(self, start: int, stop: int, t: Tensor) -> tuple[Seen | None, Tensor, Tensor]:
+        """Sweep over the logits of a group; what was seen, of which tokens, and which are kept."""
+        wide = torch.promote_types(self.hidden.h.dtype, torch.float32)
+        parts, indices, keeps = [], [], []
+        for first in range(start, stop, self.block):
+            s = slice(first, min(stop, first + self.block))
+            logits = self._logits(self.hidden.h[s])
+            index = torch.arange(s.start, s.stop, device=logits.device)
+            keep = self._keep(logits, s) if self.kept is None else self.kept[s]
+            if self.compact:
+                rows = keep.nonzero()[:, 0]
+                logits, index, keep = logits[rows], index[rows], keep[rows]
+            indices.append(index)
+            keeps.append(keep)
+            if len(index):
+                part = see(
+                    logits,
+                    self.hidden.label[index],
+                    t[index - start].to(wide),
+                    self.work,
+                    features=self.heads.needs_features,
+                    slopes=self.slopes,
+                    mass=self.top_p_term,
+                    base="base" in (self.objective.temperature_weight, self.objective.top_p_weight),
+                )
+                parts.append(part)
+        return join(parts) if parts else None, torch.cat(indices), torch.cat(keeps)
+
+    def _loss(self, seen: Seen, index: Tensor, keep: Tensor, t: Tensor) -> Tensor:
         """The weighted loss of some tokens as a function of the heads; fills the totals."""
-        heads, objective = self.heads, self.objective
-        h, label = self.hidden.h[index], self.hidden.label[index]
-        t = heads.temperature(h)
+        heads, objective, h = self.heads, self.objective, self.hidden.h[index]
         t_read = t.detach() if objective.detach_temperature else t
-        with torch.no_grad():
-            block = closed_form.make_block(logits, label, first_width(logits.shape[-1]))
-            at = t.detach().to(block.peak.dtype)
-            needs = {"features": heads.needs_features, "slopes": self.slopes}
-            moments = closed_form.moments(block, at, self.work, **needs)
         features = None
         if heads.needs_features:
             with torch.no_grad():
-                values, slopes = closed_form.features(block, moments, TOP_SUM)
+                values, slopes = closed_form.features(seen.order, seen.at, TOP_SUM)
             features = _by_derivatives(values, (t_read, slopes))
         p = heads.top_p(h, t_read, features)
         with torch.no_grad():
             terms = token_terms(
-                block,
-                moments,
-                p.detach().to(block.peak.dtype),
-                self.work,
+                seen,
+                p.detach().to(seen.at.total.dtype),
+                Look(lambda rows: self._logits(h[rows]), self.block, self.work),
                 objective,
                 with_temperature=self.temperature_term,
                 with_top_p=self.top_p_term,
             )
+        weights = (keep, keep if objective.drop_top_p else torch.ones_like(keep))
+        if self.token_weight is not None:
+            weights = (self.token_weight[0][index], self.token_weight[1][index])
         parts = [torch.zeros_like(t), torch.zeros_like(t)]
         if terms.temperature is not None:
             value, slope = terms.temperature
-            parts[0] = _by_derivatives(value, (t, slope)) * temperature_weight.to(t.dtype)
+            parts[0] = _by_derivatives(value, (t, slope)) * weights[0].to(t.dtype)
         if terms.top_p is not None:
             value, t_slope, p_slope = terms.top_p
             term = _by_derivatives(value, (t, t_slope), (p, p_slope))
-            parts[1] = term if top_p_weight is None else term * top_p_weight.to(t.dtype)
+            parts[1] = term * weights[1].to(t.dtype)
         self._measure(index, keep, parts[0].detach(), parts[1].detach(), terms, t, p)
         return (parts[0] + parts[1]).sum()
 
@@ -297,7 +314,7 @@ class _Job:
         t: Tensor,
         p: Tensor,
     ) -> None:
-        """Add a chunk's sums, on the device; no synchronization."""
+        """Add a group's sums, on the device; no synchronization."""
         t, p = t.detach().double(), p.detach().double()
         finite = (terms.nll + temperature_loss + top_p_loss).isfinite()
         bad = torch.where(finite, self.hidden.h.shape[0], index).amin()
@@ -307,7 +324,7 @@ class _Job:
         self.measured += len(index)
 
     def sums(self) -> ObjectiveSums:
-        """The totals as numbers, once every chunk was added."""
+        """The totals as numbers, once every group was added."""
         bad, m = int(self.first_bad), self.hidden.h.shape[0]
         if bad < m:
             raise NumericsError(

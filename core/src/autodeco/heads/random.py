@@ -53,9 +53,7 @@ def counter_uniform(seed: int, *counters: Tensor | int) -> Tensor:
     return _shift_right(state, 11).to(torch.float64) * 2.0**-53
 
 
-def keep_mask(
-    seed: int, epoch: int, sample_id: Tensor, token_index: Tensor, drop: float
-) -> Tensor:
+def keep_mask(seed: int, epoch: int, sample_id: Tensor, token_index: Tensor, drop: float) -> Tensor:
     """Which tokens the random drop spares, were their arg-max the label.
 
     Args:

@@ -6,13 +6,13 @@ m = exp(-alpha relu(c - P)), Z = sum p m; the rest as in :mod:`autodeco.heads.cl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from autodeco.heads.closed_form import Block, Moments, label_log_p, largest
+from autodeco.heads.closed_form import Moments, Order, Workspace, label_log_p, moments, order_of
 
 ALPHA = 30.0
 EPSILON = 1e-9
@@ -26,6 +26,28 @@ TAIL_TOLERANCE = 2.5e-6
 def first_width(vocab: int) -> int:
     """How many of the largest logits every row looks at: most rows of a real model need no more."""
     return min(vocab, WIDTHS[0], max(32, vocab // 8))
+
+
+def in_parts(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """Row numbers [r] in runs of at most ``size`` (at least one), none for no rows."""
+    size = max(1, size)
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+@dataclass(frozen=True)
+class Look:
+    """A second look at logits that are gone.
+
+    Attributes:
+        logits: rows int64 [r] -> logits [r, V]; they last until the next call.
+        rows: how many to ask for at once, at most.
+        work: scratch of that many rows.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    rows: int
+    work: Workspace
 
 
 @dataclass(frozen=True)
@@ -53,37 +75,46 @@ class Head:
     mass_slope: Tensor
 
 
-def head_of(block: Block, m: Moments) -> Head:
+def head_of(order: Order, m: Moments) -> Head:
     """Probabilities of the head of each row at the temperature of ``m``."""
     t = m.temperature.unsqueeze(-1)
-    p = (block.head / t).exp_().div_(m.total.unsqueeze(-1))
-    slope = (m.energy.unsqueeze(-1) - block.head).mul_(p).div_(t * t)
+    p = (order.head / t).exp_().div_(m.total.unsqueeze(-1))
+    slope = (m.energy.unsqueeze(-1) - order.head).mul_(p).div_(t * t)
     # Rounding must not carry c above 1: at P = 1 it would switch the mask on.
     return Head(p, slope, p.cumsum(-1).clamp_max_(1.0), slope.cumsum(-1))
 
 
-def label_mass(block: Block, m: Moments, head: Head | None = None) -> LabelMass:
-    """Cumulative mass of each label; looks at V values only for labels in the tail."""
-    head = head_of(block, m) if head is None else head
-    rank = block.rank.clamp_min(0).unsqueeze(-1)
+def label_mass(order: Order, head: Head, tail: LabelMass | None) -> LabelMass:
+    """Cumulative mass of each label, from the head or, for rank -1, from ``tail``."""
+    rank = order.rank.clamp_min(0).unsqueeze(-1)
     upto = head.mass.gather(-1, rank)[:, 0]
     slope = head.mass_slope.gather(-1, rank)[:, 0]
-    before = head.mass.gather(-1, (rank - 1).clamp_min(0))[:, 0].masked_fill(block.rank == 0, 0.0)
-    if block.whole:
+    before = head.mass.gather(-1, (rank - 1).clamp_min(0))[:, 0].masked_fill(order.rank == 0, 0.0)
+    if tail is None:
         return LabelMass(before, upto, slope)
-    rows = (block.rank < 0).nonzero()[:, 0]
-    for part in rows.split(max(1, block.logits.shape[0] // 4)) if rows.numel() else ():
-        tail = _label_in_tail(block, m, part)
-        before = before.index_copy(0, part, tail.before)
-        upto = upto.index_copy(0, part, tail.upto)
-        slope = slope.index_copy(0, part, tail.slope)
-    return LabelMass(before, upto, slope)
+    inside = order.rank >= 0
+    return LabelMass(
+        torch.where(inside, before, tail.before),
+        torch.where(inside, upto, tail.upto),
+        torch.where(inside, slope, tail.slope),
+    )
 
 
-def _label_in_tail(block: Block, m: Moments, rows: Tensor) -> LabelMass:
-    """The same as masked sums over the vocabulary, for some rows."""
-    x = block.logits[rows] - block.peak[rows]
-    y, label_x = block.label[rows].unsqueeze(-1), block.label_x[rows].unsqueeze(-1)
+def tail_mass(logits: Tensor, order: Order, m: Moments) -> LabelMass | None:
+    """Cumulative mass of the labels in the tail, by masked sums over V; zeros in other rows."""
+    if order.whole:
+        return None
+    out = torch.zeros(3, *m.total.shape, dtype=m.total.dtype, device=m.total.device)
+    rows = (order.rank < 0).nonzero()[:, 0]
+    for part in in_parts(rows, logits.shape[0] // 4):
+        out[:, part] = _tail_mass(logits, order, m, part)
+    return LabelMass(*out)
+
+
+def _tail_mass(logits: Tensor, order: Order, m: Moments, rows: Tensor) -> Tensor:
+    """before, c_y and D_y of some rows, [3, r]."""
+    x = logits[rows] - order.peak[rows]
+    y, label_x = order.label[rows].unsqueeze(-1), order.label_x[rows].unsqueeze(-1)
     t, total, energy = (v[rows].unsqueeze(-1) for v in (m.temperature, m.total, m.energy))
     ids = torch.arange(x.shape[-1], device=x.device)
     ahead = (x > label_x) | ((x == label_x) & (ids < y))
@@ -91,7 +122,7 @@ def _label_in_tail(block: Block, m: Moments, rows: Tensor) -> LabelMass:
     own = (label_x / t).exp() / total
     before = p.sum(-1)
     slope = (p.mul_(energy - x).sum(-1) + (own * (energy - label_x))[:, 0]) / (t * t)[:, 0]
-    return LabelMass(before, (before + own[:, 0]).clamp_max_(1.0), slope)
+    return torch.stack((before, (before + own[:, 0]).clamp_max_(1.0), slope))
 
 
 @dataclass(frozen=True)
@@ -161,7 +192,13 @@ class SoftLogP:
 
 
 def soft_masked_log_p(
-    block: Block, m: Moments, top_p: Tensor, *, exact: bool, widths: Sequence[int] = WIDTHS
+    order: Order,
+    m: Moments,
+    tail: LabelMass | None,
+    top_p: Tensor,
+    look: Look,
+    *,
+    exact: bool,
 ) -> tuple[SoftLogP, LabelMass]:
     """log(p_y m_y / Z) and the label's mass.
 
@@ -169,21 +206,22 @@ def soft_masked_log_p(
     in the end with the whole vocabulary.
 
     Args:
-        block: logits with a head of any width.
-        m: moments of the same rows at their T.
+        order: the tokens, with a head of any width.
+        m: their moments at their T.
+        tail: mass of the labels that are not in the head (:func:`tail_mass`).
         top_p: P [n].
+        look: gives logits again, for the coarse rows.
         exact: log p_y + log m_y - log Z; else the published log(p_y m_y / (Z + 1e-9) + 1e-9).
-        widths: widths to try after the block's own.
     """
-    head = head_of(block, m)
-    mass = label_mass(block, m, head)
-    z = normalizer_of(head, top_p, block.whole)
-    if not block.whole:
-        rows = (z.error > TAIL_TOLERANCE).nonzero()[:, 0]
-        for part, wider in _wider(block, m, top_p, rows, widths):
+    head = head_of(order, m)
+    mass = label_mass(order, head, tail)
+    z = normalizer_of(head, top_p, order.whole)
+    del head
+    if not order.whole:
+        for part, wider in _wider(order, m, top_p, z.error > TAIL_TOLERANCE, look):
             z = z.replace(part, wider)
     beyond = mass.upto > top_p
-    log_p, t_slope = label_log_p(block, m)
+    log_p, t_slope = label_log_p(order, m)
     log_pm = log_p - ALPHA * (mass.upto - top_p).clamp_min(0.0)
     t_slope = t_slope - torch.where(beyond, ALPHA * mass.slope, 0.0)
     p_slope = ALPHA * beyond.to(t_slope.dtype)
@@ -204,19 +242,18 @@ def soft_masked_log_p(
 
 
 def _wider(
-    block: Block, m: Moments, top_p: Tensor, rows: Tensor, widths: Sequence[int]
+    order: Order, m: Moments, top_p: Tensor, coarse: Tensor, look: Look
 ) -> Iterator[tuple[Tensor, Normalizer]]:
-    """Z of some rows with wider heads, at most V, in parts that fit beside the block."""
-    n, vocab = block.logits.shape
-    width = block.head.shape[-1]
+    """Z of the coarse rows with wider heads, at most V, in parts that fit the workspace."""
+    rows, width, vocab = coarse.nonzero()[:, 0], order.head.shape[-1], order.vocab
     while rows.numel():
-        width = next((w for w in widths if w > width and 4 * w < vocab), vocab)
-        coarse = []
-        for part in rows.split(max(1, n * vocab // (4 * width))):
-            wide = block.select(part)
-            wide = replace(wide, head=largest(wide.logits, width)[0] - wide.peak)
-            at = Moments(m.temperature[part], m.total[part], m.energy[part])
+        width = next((w for w in WIDTHS if w > width and 4 * w < vocab), vocab)
+        left = []
+        for part in in_parts(rows, min(look.rows, look.rows * vocab // (4 * width))):
+            logits = look.logits(part)
+            wide = order_of(logits, order.label[part], width)
+            at = moments(logits, wide.peak, m.temperature[part], look.work)
             z = normalizer_of(head_of(wide, at), top_p[part], wide.whole)
             yield part, z
-            coarse.append(part[z.error > TAIL_TOLERANCE])
-        rows = torch.cat(coarse)
+            left.append(part[z.error > TAIL_TOLERANCE])
+        rows = torch.cat(left)

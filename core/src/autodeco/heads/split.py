@@ -102,7 +102,7 @@ def _write_base(merged: Path, config: Mapping[str, Any], base: Path) -> None:
             size = sum((temporary / s).stat().st_size for s in set(kept.values()))
             index = {"metadata": {"total_size": size}, "weight_map": kept}
             atomic_write_json(temporary / INDEX_FILE, index)
-        atomic_write_json(temporary / CONFIG_FILE, _restored_config(config, published=published))
+        atomic_write_json(temporary / CONFIG_FILE, restored_config(config, published=published))
         _restore_generation_config(merged, own, temporary)
 
 
@@ -120,7 +120,7 @@ _PUBLISHED_KEYS = (
 )
 
 
-def _restored_config(config: Mapping[str, Any], *, published: bool) -> dict[str, Any]:
+def restored_config(config: Mapping[str, Any], *, published: bool) -> dict[str, Any]:
     restored = {key: value for key, value in config.items() if key != "autodeco"}
     if published:
         restored["model_type"] = config.get("base_model_type")
