@@ -251,8 +251,8 @@ class _Run:
             console=self.console,
         )
         made = f"{result.steps} steps, {result.samples} samples"
-        if result.best_nll is not None:
-            made += f", best held-out NLL {result.best_nll:.4f} at step {result.best_step}"
+        if result.best_loss is not None:
+            made += f", best held-out loss {result.best_loss:.4f} at step {result.best_step}"
         return made, {"steps": result.steps, "best_step": result.best_step}
 
     def _export(self) -> tuple[str, dict[str, Any]]:

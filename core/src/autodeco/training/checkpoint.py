@@ -40,8 +40,8 @@ class TrainingState:
         total_steps: Length of the schedule.
         seed: Of every draw.
         job_hash: Of the job.
-        best_step: The step with the lowest held-out NLL so far.
-        best_nll: That NLL, nats a token; None before the first measurement.
+        best_step: The step with the lowest held-out loss of the objective so far.
+        best_loss: That loss; None before the first measurement.
     """
 
     step: int
@@ -51,7 +51,7 @@ class TrainingState:
     seed: int
     job_hash: str
     best_step: int
-    best_nll: float | None
+    best_loss: float | None
 
 
 def step_of(path: Path) -> int:
@@ -136,7 +136,7 @@ def load_newest(
 def remove_old(directory: Path, keep: int, best_step: int) -> list[Path]:
     """Removes all but the newest `keep` checkpoints and the best; returns what was removed."""
     paths = list_checkpoints(directory)
-    spare = {p for p in paths[-max(1, keep) :]} | {p for p in paths if step_of(p) == best_step}
+    spare = set(paths[-max(1, keep) :]) | {p for p in paths if step_of(p) == best_step}
     removed = [path for path in paths if path not in spare]
     for path in removed:
         # renamed first, so that a kill in the middle leaves no torn checkpoint behind

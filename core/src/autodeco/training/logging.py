@@ -72,12 +72,12 @@ def _tracker(track: str, directory: Path, config: dict[str, Any]) -> Any:
         if track == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(directory / "tensorboard"))  # type: ignore[no-untyped-call]
+            writer = SummaryWriter(str(directory / "tensorboard"))
 
             def add(step: int, values: Mapping[str, float]) -> None:
                 for name, value in values.items():
-                    writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-                writer.flush()  # type: ignore[no-untyped-call]
+                    writer.add_scalar(name, value, step)
+                writer.flush()
 
             return add
         import wandb

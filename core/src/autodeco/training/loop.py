@@ -41,15 +41,15 @@ class TrainResult:
     Attributes:
         steps: Steps done.
         samples: Samples seen.
-        best_step: The step with the lowest held-out NLL.
-        best_nll: That NLL, nats a token.
+        best_step: The step with the lowest held-out loss of the objective.
+        best_loss: That loss.
         metrics: The last held-out measurement.
     """
 
     steps: int
     samples: int
     best_step: int
-    best_nll: float | None
+    best_loss: float | None
     metrics: Mapping[str, float]
 
 
@@ -127,7 +127,7 @@ class _Loop:
             heads.parameters(), lr=job.learning_rate, weight_decay=job.weight_decay, foreach=False
         )
         self.step = self.seen = self.moved = self.best_step = 0
-        self.best_nll: float | None = None
+        self.best_loss: float | None = None
         self.last: dict[str, float] = {}
         self.output = engine.output_weight()
 
@@ -161,7 +161,7 @@ class _Loop:
         finally:
             if log is not None:
                 log.close()
-        return TrainResult(self.step, self.seen, self.best_step, self.best_nll, self.last)
+        return TrainResult(self.step, self.seen, self.best_step, self.best_loss, self.last)
 
     def _resume(self) -> None:
         def warn(text: str) -> None:
@@ -179,7 +179,7 @@ class _Loop:
         self.heads.load_state_dict(tensors)
         _load_moments(self.optimizer, self.heads, moments, state.optimizer_steps)
         self.step, self.seen, self.moved = state.step, state.samples, state.optimizer_steps
-        self.best_step, self.best_nll = state.best_step, state.best_nll
+        self.best_step, self.best_loss = state.best_step, state.best_loss
         if self.rank == 0:
             self.console.print(f"  resumed at step {self.step}/{self.total}", highlight=False)
 
@@ -242,7 +242,7 @@ class _Loop:
             )
         if norm > self.job.clip:
             flat *= self.job.clip / norm
-        pieces = flat.split([g.numel() for g in gradients])
+        pieces = torch.split(flat, [g.numel() for g in gradients])
         for parameter, piece in zip(self.heads.parameters(), pieces, strict=True):
             parameter.grad = piece.view_as(parameter).clone()
         for group in self.optimizer.param_groups:
@@ -257,14 +257,15 @@ class _Loop:
         )
         metrics = measure(self.engine, self.heads, mine, self.objective, seed=self.job.seed)
         self.last = metrics
-        if self.best_nll is None or metrics["nll"] < self.best_nll:
-            self.best_nll, self.best_step = metrics["nll"], self.step
+        if self.best_loss is None or metrics["loss"] < self.best_loss:
+            # by the objective itself: NLL before the cut does not see the top-p head at all
+            self.best_loss, self.best_step = metrics["loss"], self.step
             self._save()
         if log is None:
             return
         log.write("eval", self.step, metrics)
         self.console.print(
-            f"  held out at step {self.step}: NLL {metrics['nll']:.4f}, "
+            f"  held out at step {self.step}: loss {metrics['loss']:.4f}, NLL {metrics['nll']:.4f}, "
             f"{metrics['outside_nucleus']:.1%} of labels outside the nucleus, "
             f"T {metrics['temperature_mean']:.3f} ± {metrics['temperature_std']:.3f}, "
             f"P {metrics['top_p_mean']:.3f} ± {metrics['top_p_std']:.3f}",
@@ -284,7 +285,7 @@ class _Loop:
                 self.job.seed,
                 self.digest,
                 self.best_step,
-                self.best_nll,
+                self.best_loss,
             )
             folder = self.directory / "checkpoints"
             moments = _moments(self.optimizer, self.heads)

@@ -1,0 +1,70 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from autodeco import __version__
+from autodeco.cli.plugins import plugin_group
+from autodeco.cli.stages import add_stage_commands
+from autodeco.cli.tools import add_tool_commands
+from autodeco.errors import EXIT_CODES, AutodecoError
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: " + "; ".join(f"{code} {text}" for code, text in EXIT_CODES.items()),
+)
+@click.version_option(__version__, prog_name="autodeco")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """Teach a frozen language model its own temperature and top-p, token by token.
+
+    Example: autodeco run --plugin FAMILY
+    """
+    context.obj = {"debug": debug}
+
+
+cli.add_command(plugin_group)
+add_stage_commands(cli)
+add_tool_commands(cli)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits; see `autodeco.errors.EXIT_CODES`."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in given
+    try:
+        cli.main(args=given, prog_name="autodeco", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the same command continues", err=True)
+        sys.exit(130)
+    except AutodecoError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # the reader of our output (head, less) has gone; say nothing at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        _defect(error)
+
+
+def _defect(error: Any) -> None:
+    click.echo(f"error: a defect of autodeco: {type(error).__name__}: {error}", err=True)
+    click.echo("  do: run again as `autodeco --debug ...` and report the traceback", err=True)
+    sys.exit(1)

@@ -1,0 +1,77 @@
+"""Makes click options from the fields of `Job`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import click
+
+from autodeco.job import Job
+
+Command = Callable[..., Any]
+
+
+class _JsonObject(click.ParamType):
+    name = "json"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError as error:
+            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail(f"{value!r} is no JSON object", param, ctx)
+        return parsed
+
+
+def _type(item: dataclasses.Field[Any], hint: Any) -> Any:
+    kinds = [kind for kind in (hint, *get_args(hint)) if kind is not type(None)]
+    if item.metadata["choices"]:
+        return click.Choice(item.metadata["choices"])
+    if Path in kinds:
+        return click.Path(path_type=Path)
+    for kind in (bool, int, float, str):
+        if kind in kinds:
+            return kind
+    return _JsonObject()
+
+
+def job_options(command: Command) -> Command:
+    """Adds one option for every field of `Job`; fields that are not given stay absent."""
+    hints = get_type_hints(Job)
+    for item in reversed(dataclasses.fields(Job)):
+        kind = _type(item, hints[item.name])
+        name = "--" + item.name.replace("_", "-")
+        flag = item.metadata["flag"] or (name if kind is bool else None)
+        default = item.default if item.default is not dataclasses.MISSING else {}
+        shown = f"  [{item.metadata['section']}; default: {_show(default)}]"
+        command = click.option(
+            flag or name,
+            item.name,
+            type=None if kind is bool else kind,
+            is_flag=kind is bool,
+            default=None,
+            help=item.metadata["help"] + shown,
+        )(command)
+    return command
+
+
+def _show(value: Any) -> str:
+    return (
+        {None: "none", True: "yes", False: "no"}.get(value, str(value))
+        if not isinstance(value, dict)
+        else "none"
+    )
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that the user gave."""
+    return {name: value for name, value in values.items() if value is not None}

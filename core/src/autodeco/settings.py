@@ -1,0 +1,119 @@
+"""Resolves a job: command line over file over preset over default, each value with its origin."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autodeco.errors import UsageError
+from autodeco.job import Job, coerce_values
+from autodeco.registry import Registry, Resolution
+from autodeco.run_directory import job_values
+
+PUBLISHED_RECIPE: Mapping[str, Any] = {
+    "objective": "megatron",
+    "learning_rate": 5e-6,
+    "min_learning_rate": 2e-8,
+    "warmup_steps": 20,
+    "constant_steps": 50,
+    "clip": 1.0,
+    "weight_decay": 0.0,
+    "global_batch": 32,
+    "max_length": 6144,
+    "epochs": 1,
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A job whose every value is known, and where each came from.
+
+    Attributes:
+        job: The job.
+        provenance: Field -> origin.
+        resolution: The plugin and preset.
+    """
+
+    job: Job
+    provenance: Mapping[str, str]
+    resolution: Resolution
+
+
+def resolve(command_line: Mapping[str, Any], config: Path | None, registry: Registry) -> Resolved:
+    """Resolves a job.
+
+    Args:
+        command_line: Values that the user gave; fields not given are absent.
+        config: A YAML, TOML or JSON file of job fields, or a run's ``job.json``.
+        registry: Where plugin and preset are found.
+
+    Raises:
+        UsageError: An unknown key (the nearest name is suggested) or a value that does not fit.
+        PluginError: The plugin or the preset cannot be told.
+    """
+    from_line = coerce_values(command_line, where="command line")
+    from_file = read_config(config) if config else {}
+    given = {**from_file, **from_line}
+    found = registry.resolve(given.get("plugin"), given.get("model"), given.get("preset"))
+    preset = coerce_values(found.preset.recipe, where=f"preset {found.preset.name}")
+    recipe = dict(PUBLISHED_RECIPE) if given.get("recipe") == "published" else {}
+    layers: list[tuple[str, Mapping[str, Any]]] = [
+        (f"preset {found.preset.name}", preset),
+        ("--recipe published", recipe),
+        (f"file {config}", from_file),
+        ("command line", from_line),
+    ]
+    values: dict[str, Any] = {}
+    provenance = {item.name: "default" for item in dataclasses.fields(Job)}
+    for origin, layer in layers:
+        values |= layer
+        provenance |= dict.fromkeys(layer, origin)
+    for name, value in (("plugin", found.family.id), ("preset", found.preset.name)):
+        if name not in given:
+            provenance[name] = found.reason
+        values[name] = value
+    return Resolved(Job(**values), provenance, found)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads job values from a file.
+
+    Raises:
+        UsageError: The file cannot be read, or holds an unknown key or an unfit value.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            content = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            content = yaml.safe_load(text) or {}
+        elif path.suffix == ".json":
+            content = json.loads(text)
+        else:
+            raise UsageError(
+                f"cannot tell the format of {path.suffix or 'a file without ending'}",
+                where=str(path),
+                fix="name it .yaml, .toml or .json",
+            )
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the configuration: {error.strerror}",
+            where=str(path),
+            fix="check --config",
+        ) from error
+    except UsageError:
+        raise
+    except Exception as error:  # each parser has its own
+        raise UsageError(
+            f"malformed configuration: {error}", where=str(path), fix="correct the file"
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError("the configuration is no table of options", where=str(path))
+    return coerce_values(job_values(content), where=str(path))
