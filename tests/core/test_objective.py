@@ -71,7 +71,7 @@ def compare(heads, hidden, output, z, variant, drop=None, chunk=32):
         assert sums.kept == kept and sums.tokens == tokens
         for name in ("temperature_loss", "top_p_loss"):
             assert getattr(sums, name) / tokens == pytest.approx(
-                float(want[name]) / tokens, rel=1e-5, abs=1e-5
+                want[name].item() / tokens, rel=1e-5, abs=1e-5
             )
         assert sums.loss == pytest.approx(sums.temperature_loss + sums.top_p_loss)
         assert sums.normalizer == (4 if variant == "hf" else kept)
