@@ -1,4 +1,4 @@
-"""Commands on paths: ``export``, ``merge``, ``split``, ``generate``, ``evaluate``, ``data show``."""
+"""Commands on paths: export, merge, split, generate, evaluate, data show."""
 
 from __future__ import annotations
 

@@ -265,7 +265,8 @@ class _Loop:
             return
         log.write("eval", self.step, metrics)
         self.console.print(
-            f"  held out at step {self.step}: loss {metrics['loss']:.4f}, NLL {metrics['nll']:.4f}, "
+            f"  held out at step {self.step}: loss {metrics['loss']:.4f}, "
+            f"NLL {metrics['nll']:.4f}, "
             f"{metrics['outside_nucleus']:.1%} of labels outside the nucleus, "
             f"T {metrics['temperature_mean']:.3f} ± {metrics['temperature_std']:.3f}, "
             f"P {metrics['top_p_mean']:.3f} ± {metrics['top_p_std']:.3f}",
