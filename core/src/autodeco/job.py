@@ -195,9 +195,7 @@ class Job:
         section="out",
         choices=("native", "autodeco", "none"),
     )
-    copy: bool = _option(
-        False, "Allow full copies of the base where it cannot be linked.", section="out"
-    )
+    copy: bool = _option(False, "Copy the base's weights instead of linking them.", section="out")
     problems: Path | None = _option(
         None, "Problems to evaluate on, JSONL of problem and gt.", section="evaluate"
     )

@@ -18,7 +18,7 @@ from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
 from autodeco.inputs import Inputs, prepare_inputs
 from autodeco.job import Job
 from autodeco.registry import Registry, Resolution
-from autodeco.run_directory import STAGES, RunDirectory, open_run, rank, world_size
+from autodeco.run_directory import STAGES, RunDirectory, open_run, rank, record_job, world_size
 
 _NEEDS_MODEL = frozenset({"build", "attach", "train", "evaluate"})
 
@@ -135,6 +135,9 @@ class _Run:
         self.directory = self._open(digest, digests, allow)
         lock = run_lock(self.directory.path) if rank() == 0 else None
         try:
+            if rank() == 0:
+                for left in record_job(self.directory, self.job, digest, digests):
+                    self.console.print(f"removed {left}, of an interrupted run", highlight=False)
             self.inputs = prepare_inputs(self.job, self.resolution, self.directory.path)
             self.job = self.inputs.job
             self.digest = digest
@@ -233,6 +236,7 @@ class _Run:
         return f"heads {self.job.heads}, {count:,} parameters", {"parameters": count}
 
     def _train(self) -> tuple[str, dict[str, Any]]:
+        from autodeco.heads.attach import heads_metadata
         from autodeco.training.loop import train
 
         headed = self._headed()
@@ -248,6 +252,7 @@ class _Run:
             self.directory.path,
             self.inputs.model_name,
             digest=self.digest,
+            metadata=heads_metadata(self.job, self.resolution.family.id, self._imported().path),
             console=self.console,
         )
         made = f"{result.steps} steps, {result.samples} samples"

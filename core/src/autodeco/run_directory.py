@@ -88,7 +88,7 @@ def open_run(
         allow: Fields that may differ from the resumed run's.
 
     Returns:
-        The run directory, with ``job.json`` written, and remarks for the user.
+        The run directory, and remarks for the user.
 
     Raises:
         RunError: ``--resume PATH`` names no run, or one of another job; the message has the diff.
@@ -105,12 +105,23 @@ def open_run(
     path = found or _new_directory(base)
     for folder in (path, path / "stages", path / "checkpoints"):
         make_directory(folder)
-        for left in remove_partial(folder):
-            remarks.append(f"removed {left.name}, left by an interrupted run")
-    atomic_write_json(
-        path / JOB_FILE, {**job.to_json(), _HASH: digest, _INPUTS: dict(inputs), "resume": "auto"}
-    )
     return RunDirectory(path, found is not None), remarks
+
+
+def record_job(
+    directory: RunDirectory, job: Job, digest: str, inputs: Mapping[str, str]
+) -> list[str]:
+    """Writes ``job.json`` and clears what a killed process left; call it under the run's lock.
+
+    Returns:
+        The names of what was cleared.
+    """
+    path = directory.path
+    folders = (path, path / "stages", path / "checkpoints")
+    left = [partial.name for folder in folders for partial in remove_partial(folder)]
+    content = {**job.to_json(), _HASH: digest, _INPUTS: dict(inputs), "resume": "auto"}
+    atomic_write_json(path / JOB_FILE, content)
+    return left
 
 
 def job_values(content: Mapping[str, Any]) -> dict[str, Any]:

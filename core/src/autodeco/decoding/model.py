@@ -12,7 +12,6 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from autodeco.decoding.config import AutoDecoConfig, base_config
+from autodeco.decoding.hooks import CALL_KEYS, TRACE_KEY, GenerationHooks, Trace
 from autodeco.decoding.policy import SAMPLING_PARAMETERS, check_scale, heads_off_reason
 from autodeco.errors import UsageError, WeightsError
 from autodeco.files import read_json
@@ -31,27 +31,10 @@ from autodeco.heads.places import AUTODECO_MODEL_TYPE
 from autodeco.heads.warp import TEMPERATURE_FLOOR, warp
 
 TOP_P_FLOOR = 1e-6
-_CALL_KEYS = ("autodeco_warp", "temperature_scale", "top_p_scale")
-_TRACE = "autodeco_trace"
 # Where the output layer's input of the forward in progress goes: one list a thread and a call.
 _CAPTURE: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar(
     "autodeco_hidden", default=None
 )
-
-
-@dataclass
-class _Trace:
-    """T and P of the tokens of one generate() call."""
-
-    assisted: bool = False
-    temperature: list[Tensor] = field(default_factory=list)
-    top_p: list[Tensor] = field(default_factory=list)
-
-    def add(self, outputs: Any, new_tokens: int) -> None:
-        # An assisted step scores several candidates and keeps the first; any other scores one.
-        at = slice(0, new_tokens) if self.assisted else slice(-1, None)
-        self.temperature.append(outputs["temperature"][:, at].clone())
-        self.top_p.append(outputs["top_p"][:, at].clone())
 
 
 def _capture_input(module: Any, args: tuple[Any, ...]) -> None:
@@ -70,7 +53,7 @@ def dial(
     )
 
 
-class AutoDecoModelForCausalLM:
+class AutoDecoModelForCausalLM(GenerationHooks):
     """A causal language model with decoding heads; made by `from_pretrained`, never directly.
 
     Attributes:
@@ -232,7 +215,7 @@ class AutoDecoModelForCausalLM:
         }
         if not return_autodeco:
             return parent.generate(inputs, generation_config, *args, **call, **kwargs)
-        trace = _Trace()
+        trace = Trace()
         kwargs["return_dict_in_generate"] = True
         out = parent.generate(
             inputs, generation_config, *args, autodeco_trace=trace, **call, **kwargs
@@ -242,42 +225,6 @@ class AutoDecoModelForCausalLM:
         out["temperature"] = torch.cat(trace.temperature, dim=1)[:, :length]
         out["top_p"] = torch.cat(trace.top_p, dim=1)[:, :length]
         return out
-
-    def _setting(self, name: str, call: Mapping[str, Any], passed: Any) -> Any:
-        """A generation setting as transformers resolves it: call, config passed, model's own."""
-        if name in call:
-            return call[name]
-        for config in (passed, getattr(self, "generation_config", None)):
-            value = getattr(config, name, None)
-            if value is not None:
-                return value
-        return None
-
-    def _refuse(self, call: Mapping[str, Any], passed: Any) -> None:
-        """What cannot be combined with heads is refused, not decoded wrongly."""
-        fix = "pass autodeco=False, or leave that setting out"
-        if (self._setting("num_beams", call, passed) or 1) > 1:
-            raise UsageError("beam search does not sample with the heads' T and P", fix=fix)
-        if (self._setting("guidance_scale", call, passed) or 1) != 1:
-            raise UsageError("classifier-free guidance cannot be combined with the heads", fix=fix)
-        if self._setting("cache_implementation", call, passed) == "paged":
-            raise UsageError("continuous batching cannot be combined with the heads", fix=fix)
-        if self._setting("assistant_early_exit", call, passed) is not None:
-            raise UsageError("early-exit drafting cannot be combined with the heads", fix=fix)
-
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching hands no keyword on to forward().
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(
-            "continuous batching would ignore the heads",
-            fix="use generate(), or serve the checkpoint with vLLM",
-        )
-
-    init_continuous_batching = generate_batch
-    continuous_batching_context_manager = generate_batch
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a copy written from memory could not keep the base's bytes.
@@ -290,49 +237,6 @@ class AutoDecoModelForCausalLM:
             fix="save heads with autodeco.heads.files.save_heads, and merge them into the base "
             "with `autodeco merge`",
         )
-
-    # The rest are hooks that transformers' generate() calls on the model.
-
-    def _prepare_generation_config(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super()
-        config, model_kwargs = parent._prepare_generation_config(generation_config, *args, **kwargs)
-        if model_kwargs.get("autodeco_warp"):
-            # The model's and transformers' defaults (top_k = 50) are no choice of the user's.
-            config.temperature, config.top_p, config.top_k, config.min_p = 1.0, 1.0, 0, None
-        return config, model_kwargs
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        parent: Any = super()
-        ours = (*_CALL_KEYS, _TRACE)
-        parent._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k not in ours})
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        parent: Any = super()
-        trace = model_kwargs.get(_TRACE)
-        if trace is not None:
-            trace.add(outputs, int(kwargs.get("num_new_tokens", 1)))
-        return parent._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
-        parent: Any = super()
-        given = kwargs["model_kwargs"]
-        trace = given.get(_TRACE)
-        if trace is not None:
-            if not self._supports_logits_to_keep():
-                raise UsageError(
-                    "this architecture cannot return T and P from assisted decoding",
-                    fix="drop return_autodeco or the assistant",
-                )
-            trace.assisted = True
-        # A draft model does not know our keywords.
-        kwargs["model_kwargs"] = {k: v for k, v in given.items() if k not in (*_CALL_KEYS, _TRACE)}
-        return parent._get_candidate_generator(*args, **kwargs)
-
-    def _supports_logits_to_keep(self) -> bool:
-        parent: Any = super()
-        return bool(parent._supports_logits_to_keep())
 
 
 def _load_renamed(path: str | Path, config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -377,7 +281,8 @@ def attach(model: Any, loaded: LoadedHeads) -> Any:
             fix="use heads that were trained on this model",
         )
     device = output.weight.device
-    model.__class__ = model_class_for(type(model))
+    stock: Any = type(model)
+    model.__class__ = model_class_for(stock)
     model.autodeco_heads = loaded.heads.to("cpu" if device.type == "meta" else device)
     model.autodeco_metadata = dict(loaded.metadata)
     output.register_forward_pre_hook(_capture_input)
@@ -397,10 +302,10 @@ def model_class_for(base: Any) -> Any:
         return AutoDecoModelForCausalLM.forward(self, *args, **kwargs)
 
     def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs.pop(_TRACE, None)
+        kwargs.pop(TRACE_KEY, None)
         inputs = base.prepare_inputs_for_generation(self, *args, **kwargs)
         # A family's own version may drop keywords that it does not know.
-        inputs.update({k: kwargs[k] for k in _CALL_KEYS if k in kwargs})
+        inputs.update({k: kwargs[k] for k in CALL_KEYS if k in kwargs})
         return inputs
 
     # generate() inspects both signatures to learn what the model takes.
@@ -422,6 +327,6 @@ def _signature_with_ours(function: Any) -> inspect.Signature:
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
     ours = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in (*_CALL_KEYS, "return_autodeco")
+        for name in (*CALL_KEYS, "return_autodeco")
     ]
     return signature.replace(parameters=[*parameters[:at], *ours, *parameters[at:]])

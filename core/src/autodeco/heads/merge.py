@@ -72,6 +72,12 @@ class MergeReport:
     path: Path
     left_out: tuple[str, ...] = ()
 
+    def describe(self) -> str:
+        """Returns one line for people: what became of the base's weight files."""
+        ways = {"hard-linked": self.linked, "reflinked": self.reflinked, "copied": self.copied}
+        shards = ", ".join(f"{count} {way}" for way, count in ways.items() if count)
+        return f"{self.layout}; weight files: {shards}; {self.bytes_written / 1e6:.1f} MB written"
+
 
 def merge(
     base: Path, heads: Path, output: Path, *, layout: str = "native", copy: bool = False

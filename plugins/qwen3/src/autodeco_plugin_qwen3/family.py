@@ -104,7 +104,7 @@ FAMILY = FamilySpec(
         ModelPreset(
             name="demo",
             architecture=DENSE.name,
-            shape=ModelShape(4, 128, 4, 2, 32, 320, 776, True),
+            shape=ModelShape(4, 128, 4, 2, 32, 320, 592, True),
             recipe=_DEMO_RECIPE,
             checkpoint="demo",
             task="stories",
