@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--slips", type=float, default=0.07, help="share of results stated wrong")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--print-every", type=int, default=100)
     parser.add_argument("--problems", type=int, default=256, help="problems of the final check")
     options = parser.parse_args()
