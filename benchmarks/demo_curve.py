@@ -48,6 +48,7 @@ from autodeco.heads.files import load_heads
 from autodeco.heads.modules import DecodingHeads
 from autodeco.inputs import eos_token_ids
 from autodeco.registry import Registry
+from autodeco.training.checkpoint import find_checkpoint
 
 TEMPERATURES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 TOP_PS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -162,13 +163,13 @@ class Sampler:
 
 
 def train_heads(seed: int, options: argparse.Namespace) -> Path:
-    """Heads of one training seed, made by the command line as a user would."""
-    command = [sys.executable, "-m", "autodeco", "export", "--plugin", options.plugin]
+    """The best checkpoint of one training seed, made by the command line as a user would."""
+    command = [sys.executable, "-m", "autodeco", "train", "--plugin", options.plugin]
     command += ["--preset", "demo", "--objective", "nll", "--seed", str(seed)]
     command += ["--device", options.device, "--out", str(options.out / "runs")]
     command += ["--name", f"seed-{seed}", "--json"]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return Path(json.loads(done.stdout)["run"]) / "heads"
+    return find_checkpoint(Path(json.loads(done.stdout)["run"]) / "checkpoints", "best")
 
 
 @dataclass(frozen=True)
@@ -312,8 +313,8 @@ def demo_checkpoint(plugin: str) -> Path:
     return built_in_checkpoint(resolution.family, resolution.preset, Path())
 
 
-def main() -> int:
-    """Run the experiment; 0 if every judged setting stands above the curve."""
+def parse() -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -329,8 +330,12 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1024, help="answers sampled at once")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> int:
+    """Run the experiment; 0 if every judged setting stands above the curve."""
+    options = parse()
     torch.set_num_threads(options.threads)
     began = time.monotonic()
     heads = options.heads or [train_heads(seed, options) for seed in options.seeds]
