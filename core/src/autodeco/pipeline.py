@@ -15,7 +15,7 @@ from rich.table import Table
 
 from autodeco.errors import AutodecoError, UsageError
 from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
-from autodeco.inputs import Inputs, prepare_inputs
+from autodeco.inputs import Inputs, eos_token_ids, prepare_inputs
 from autodeco.job import Job
 from autodeco.registry import Registry, Resolution
 from autodeco.run_directory import STAGES, RunDirectory, open_run, rank, record_job, world_size
@@ -292,25 +292,35 @@ class _Run:
         return f"{target} ({report.describe()})", {"layout": self.job.merge}
 
     def _evaluate(self) -> tuple[str | None, dict[str, Any]]:
-        from autodeco.decoding.stage import evaluate_stage
+        from autodeco.decoding.evaluation import load_problems
+        from autodeco.decoding.stage import evaluate_and_report
+        from autodeco.heads.files import load_heads
 
-        problems = self.inputs.problems
-        if problems is None:
+        if self.inputs.problems is None:
             self.console.print(
                 "  no --problems FILE (lines of problem and gt): evaluation skipped",
                 highlight=False,
             )
             return "nothing (no --problems)", {}
-        outcome = evaluate_stage(
-            self.job,
-            self._built(),
+        job, engine, tokenizer = self.job, self._built().engine, self.inputs.tokenizer()
+        assert job.model is not None
+        outcome = evaluate_and_report(
+            engine.model,
+            load_heads(self.directory.path / "heads").heads.to(engine.device),
+            tokenizer,
+            load_problems(self.inputs.problems, limit=job.evaluate_problems),
             self.directory.path,
-            problems,
-            self.inputs.tokenizer(),
+            base=job.model,
+            eos_ids=eos_token_ids(job.model, tokenizer),
+            job=job.to_json(),
             console=self.console,
+            samples=job.evaluate_samples,
+            max_new_tokens=job.max_new_tokens,
+            seed=job.evaluate_seed,
+            chat_template_kwargs=job.chat_template_kwargs,
         )
         self.state.evaluation = outcome
-        return f"{outcome.report} ({outcome.verdict})", {"verdict": outcome.verdict}
+        return str(outcome.report), {"verdict": outcome.verdict}
 
     def _summary(self) -> RunSummary:
         outcome = self.state.evaluation

@@ -44,8 +44,8 @@ _RECIPE = {"max_length": 6144, "global_batch": 32, "learning_rate": 1e-3}
 _DEMO_RECIPE = {
     "max_length": 256,
     "global_batch": 64,
-    "learning_rate": 1e-2,
-    "min_learning_rate": 1e-4,
+    "learning_rate": 2e-3,
+    "min_learning_rate": 2e-5,
     "epochs": 2,
     "save_every": 50,
     "eval_every": 25,

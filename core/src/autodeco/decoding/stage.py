@@ -1,0 +1,100 @@
+"""The evaluation stage: measure, write evaluation.json and report.html, draw the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from autodeco.decoding.evaluation import EvaluationResult, Problem, evaluate
+from autodeco.decoding.report import evaluation_table, write_report
+from autodeco.files import atomic_write_json, read_json
+from autodeco.heads.modules import DecodingHeads
+from autodeco.training.logging import METRICS, read_metrics
+
+
+@dataclass(frozen=True)
+class EvaluationOutcome:
+    """What an evaluation left.
+
+    Attributes:
+        report: The HTML file.
+        verdict: One paragraph.
+        table: A renderable table.
+        results: The result as JSON.
+    """
+
+    report: Path
+    verdict: str
+    table: Any
+    results: dict[str, Any]
+
+
+def evaluate_and_report(
+    model: Any,
+    heads: DecodingHeads | None,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    directory: Path,
+    *,
+    base: Path,
+    eos_ids: Sequence[int],
+    job: dict[str, Any],
+    console: Console,
+    **options: Any,
+) -> EvaluationOutcome:
+    """Evaluates and writes ``evaluation.json`` and ``report.html`` in `directory`.
+
+    Args:
+        model: A transformers causal language model.
+        heads: Its heads, or None.
+        tokenizer: Its tokenizer.
+        problems: To solve.
+        directory: Where the files go; training metrics there enter the report.
+        base: The base checkpoint, for the vendor's sampling defaults.
+        eos_ids: Tokens that end an answer.
+        job: Recorded in the report.
+        console: Progress goes here.
+        **options: See `autodeco.decoding.evaluation.evaluate`.
+    """
+    generation = base / "generation_config.json"
+    vendor = read_json(generation) if generation.exists() else None
+    with _progress(console) as bar:
+        task = bar.add_task("answers", total=None)
+        result: EvaluationResult = evaluate(
+            model,
+            heads,
+            tokenizer,
+            problems,
+            generation_config=vendor,
+            eos_ids=eos_ids,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,
+        )
+    plain = result.to_json()
+    atomic_write_json(directory / "evaluation.json", plain)
+    report = directory / "report.html"
+    write_report(
+        report,
+        job=job,
+        metrics=read_metrics(directory / METRICS),
+        evaluation=result,
+        tokenizer=tokenizer,
+    )
+    return EvaluationOutcome(report, " ".join(result.verdict), evaluation_table(result), plain)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
