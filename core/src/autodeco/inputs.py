@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from autodeco import stories
-from autodeco.errors import DataError, PluginError
+from autodeco.errors import PluginError
 from autodeco.files import read_json
 from autodeco.job import Job
 from autodeco.registry import Resolution
@@ -64,20 +64,10 @@ class Inputs:
         Raises:
             DataError: There is none, or it cannot be loaded.
         """
-        from transformers import AutoTokenizer
+        from autodeco.training.tokenization import load_tokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(
-                str(self.job.model),
-                local_files_only=True,
-                trust_remote_code=self.job.trust_remote_code,
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"the tokenizer cannot be loaded: {error}",
-                where=str(self.job.model),
-                fix="put the tokenizer's files beside the checkpoint's",
-            ) from error
+        assert self.job.model is not None
+        return load_tokenizer(self.job.model, trust_remote_code=self.job.trust_remote_code)
 
     def load_training_data(self, vocab_size: int, console: Console) -> tuple[Any, Any]:
         """Loads the training samples and the held-out samples.
@@ -90,9 +80,11 @@ class Inputs:
             DataError: See `autodeco.training.data.load_samples`.
         """
         from autodeco.training.data import load_samples, split_held_out
+        from autodeco.training.tokenization import eos_token_ids
 
         job, tokenizer = self.job, self.tokenizer()
         assert job.data is not None and job.model is not None
+        eos = eos_token_ids(job.model, tokenizer)
 
         def load(path: Path) -> Any:
             loaded = load_samples(
@@ -102,7 +94,7 @@ class Inputs:
                 max_length=job.max_length,
                 chat_template_kwargs=job.chat_template_kwargs,
                 eos_loss=job.eos_loss,
-                eos_token_ids=eos_token_ids(job.model, tokenizer),
+                eos_token_ids=eos,
             )
             tokens = sum(int(sample.predict.sum()) for sample in loaded.samples)
             console.print(
@@ -161,18 +153,6 @@ def _built_in_data(job: Job, directory: Path) -> tuple[Job, Path]:
     if not problems.exists():
         stories.write_problems(problems, _TASK_SEED, count=job.evaluate_problems)
     return job.replace(data=data, eval_data=job.eval_data or held_out), job.problems or problems
-
-
-def eos_token_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Returns every token id that ends an answer, the tokenizer's own first."""
-    found: list[int] = []
-    if getattr(tokenizer, "eos_token_id", None) is not None:
-        found.append(int(tokenizer.eos_token_id))
-    for name in ("generation_config.json", "config.json"):
-        if (model / name).exists():
-            ids = read_json(model / name).get("eos_token_id")
-            found += [ids] if isinstance(ids, int) else list(ids or ())
-    return tuple(dict.fromkeys(found))
 
 
 def _model_digest(model: Path) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from autodeco.errors import AutodecoError, UsageError
 from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
-from autodeco.inputs import Inputs, eos_token_ids, prepare_inputs
+from autodeco.inputs import Inputs, prepare_inputs
 from autodeco.job import Job
 from autodeco.registry import Registry, Resolution
 from autodeco.run_directory import STAGES, RunDirectory, open_run, rank, record_job, world_size
@@ -295,6 +295,7 @@ class _Run:
         from autodeco.decoding.evaluation import load_problems
         from autodeco.decoding.stage import evaluate_and_report
         from autodeco.heads.files import load_heads
+        from autodeco.training.tokenization import eos_token_ids
 
         if self.inputs.problems is None:
             self.console.print(

@@ -118,13 +118,10 @@ class Registry:
             entry = self._entries[index]
             dist, version = _dist(entry)
             doubles = [_dist(e)[0] for e in self._entries if e.name == entry.name]
+            plugin, error = _load(entry)
             if len(doubles) > 1:
-                plugin, error = (
-                    None,
-                    f"{len(doubles)} distributions claim the id: " + ", ".join(doubles),
-                )
-            else:
-                plugin, error = _load(entry)
+                plugin = None
+                error = f"{len(doubles)} distributions claim the id: {', '.join(doubles)}"
             self._rows[index] = PluginRow(entry.name, dist, version, plugin, error)
         return self._rows[index]
 

@@ -63,7 +63,7 @@ def unpack(rule: BoundRule, shape: ModelShape, target: Tensor) -> tuple[Tensor, 
     if rule.rule.kind == "qkv":
         grouped = target.reshape(shape.num_kv_heads, -1, *target.shape[1:])
         queries = shape.num_heads // shape.num_kv_heads * shape.head_dim
-        parts = grouped.split([queries, shape.head_dim, shape.head_dim], dim=1)
+        parts = torch.split(grouped, [queries, shape.head_dim, shape.head_dim], dim=1)
         return tuple(part.flatten(0, 1).contiguous() for part in parts)
     if rule.rule.kind == "gate_up":
         return tuple(part.contiguous() for part in target.chunk(2, dim=0))

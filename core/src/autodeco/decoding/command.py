@@ -14,11 +14,11 @@ from autodeco.decoding.evaluation import Problem, load_problems, problem_prompts
 from autodeco.decoding.stage import EvaluationOutcome, evaluate_and_report
 from autodeco.decoding.terminal import coloured_tokens, legend
 from autodeco.engines.select import choose_device, choose_dtype
-from autodeco.errors import DataError, EnvironmentProblem
+from autodeco.errors import EnvironmentProblem
 from autodeco.files import make_directory
 from autodeco.heads.files import load_heads
 from autodeco.heads.modules import DecodingHeads
-from autodeco.inputs import eos_token_ids
+from autodeco.training.tokenization import eos_token_ids, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,6 @@ class GeneratedText:
         return Group(coloured_tokens(self.tokens, self.temperature, self.top_p), "", legend())
 
 
-def _tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"the tokenizer cannot be loaded: {error}",
-            where=str(path),
-            fix="put the tokenizer's files beside the checkpoint's",
-        ) from error
-
-
 def _load(model: Path, heads: Path | None, device: str = "auto") -> tuple[Any, torch.device]:
     chosen = choose_device(device)
     dtype = choose_dtype("auto", model, chosen)
@@ -83,7 +70,7 @@ def generate_text(
         WeightsError, DataError: The checkpoint, its heads or its tokenizer cannot be used.
     """
     loaded, device = _load(model, heads)
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model)
     ids = problem_prompts([Problem(prompt, "-", None, 1)], tokenizer, chat=chat)[0]
     torch.manual_seed(seed)
     out = loaded.generate(
@@ -150,7 +137,7 @@ def evaluate_checkpoint(
         raise EnvironmentProblem(
             f"transformers cannot load the model: {error}", where=str(model), fix="check --model"
         ) from error
-    tokenizer = _tokenizer(model)
+    tokenizer = load_tokenizer(model)
     return evaluate_and_report(
         base.eval().to(chosen),
         found.to(chosen) if found is not None else None,

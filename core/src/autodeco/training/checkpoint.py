@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,14 +18,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from autodeco.errors import AutodecoError, RunError, WeightsError
-from autodeco.files import atomic_directory, atomic_write_bytes, atomic_write_json, read_json
-from autodeco.heads.files import heads_config_json, load_heads
+from autodeco.errors import EnvironmentProblem, RunError, WeightsError
+from autodeco.files import (
+    PARTIAL_SUFFIX,
+    atomic_directory,
+    atomic_write_bytes,
+    atomic_write_json,
+    read_json,
+)
+from autodeco.heads.files import heads_config_json
 from autodeco.heads.modules import DecodingHeads
 
 _NAME = re.compile(r".+-(\d+)-(\d+)")
 HEADS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+CONFIG = "config.json"
 STATE = "state.json"
 
 
@@ -42,6 +50,7 @@ class TrainingState:
         job_hash: Of the job.
         best_step: The step with the lowest held-out loss of the objective so far.
         best_loss: That loss; None before the first measurement.
+        metrics: The last held-out measurement.
     """
 
     step: int
@@ -52,6 +61,10 @@ class TrainingState:
     job_hash: str
     best_step: int
     best_loss: float | None
+    metrics: Mapping[str, float]
+
+
+Loaded = tuple[dict[str, Tensor], dict[str, Tensor], TrainingState]
 
 
 def step_of(path: Path) -> int:
@@ -93,54 +106,102 @@ def save_checkpoint(
         HEADS: save(tensors, metadata={"format": "pt"}),
         OPTIMIZER: save({name: t.detach().cpu().contiguous() for name, t in moments.items()}),
     }
+    config = json.dumps(heads_config_json(heads, metadata, "float32"), indent=2, default=str)
+    files[CONFIG] = config.encode() + b"\n"
     with atomic_directory(final, replace=True) as temporary:
         for name, data in files.items():
             atomic_write_bytes(temporary / name, data)
-        atomic_write_json(temporary / "config.json", heads_config_json(heads, metadata, "float32"))
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        atomic_write_json(temporary / STATE, {**asdict(state), "sha256": hashes})
+        content = {**asdict(state), "sha256": hashes}
+        atomic_write_json(temporary / STATE, {**content, "own_sha256": _digest(content)})
     return final
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainingState]:
-    """Reads a checkpoint: heads, optimizer tensors, state.
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_state(path: Path) -> TrainingState:
+    """Verifies a checkpoint, every byte of it, and returns where it stands.
 
     Raises:
-        WeightsError: It is torn: a file is missing or its hash differs.
+        WeightsError: It is torn: a file is missing, cut short or changed.
     """
-    content = dict(read_json(path / STATE))
     try:
+        content = dict(read_json(path / STATE))
+        if content.pop("own_sha256") != _digest(content):
+            raise WeightsError("the file is damaged", where=str(path / STATE))
         hashes = content.pop("sha256")
-        state = TrainingState(**content)
-        for name, expected in hashes.items():
-            found = hashlib.sha256((path / name).read_bytes()).hexdigest()
-            if found != expected:
-                raise WeightsError("the file is damaged", where=str(path / name))
-        return load_file(path / HEADS), load_file(path / OPTIMIZER), state
-    except (OSError, KeyError, TypeError, SafetensorError) as error:
+        for name in (HEADS, OPTIMIZER, CONFIG):
+            with (path / name).open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != hashes[name]:
+                    raise WeightsError(f"{name} is damaged", where=str(path / name))
+        return TrainingState(**content)
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"the checkpoint is torn: {error}", where=str(path)) from error
 
 
-def load_newest(
-    directory: Path, warn: Callable[[str], None]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], TrainingState] | None:
-    """Reads the newest checkpoint that is whole; torn ones are named aloud and passed over."""
-    for path in reversed(list_checkpoints(directory)):
+def load_checkpoint(path: Path) -> Loaded:
+    """Reads a checkpoint: heads, optimizer tensors, state.
+
+    Raises:
+        WeightsError: It is torn: a file is missing, cut short or changed.
+    """
+    state = load_state(path)
+    try:
+        return load_file(path / HEADS), load_file(path / OPTIMIZER), state
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"the checkpoint is torn: {error}", where=str(path)) from error
+
+
+def load_newest(directory: Path, warn: Callable[[str], None]) -> Loaded | None:
+    """Reads the newest checkpoint that is whole.
+
+    Torn ones are named aloud and set aside as ``<name>.torn``, so that they neither count among
+    those to keep nor are mistaken for the last one.
+
+    Raises:
+        EnvironmentProblem: A torn checkpoint cannot be renamed.
+    """
+    paths = list_checkpoints(directory)
+    for path in reversed(paths):
         try:
             return load_checkpoint(path)
-        except AutodecoError as error:
-            warn(f"checkpoint {path.name} cannot be used ({error.what}); trying the one before")
+        except WeightsError as error:
+            aside = path.with_name(f"{path.name}.torn")
+            shutil.rmtree(aside, ignore_errors=True)
+            _rename(path, aside)
+            what = f"checkpoint {path.name} cannot be used ({error.what}); it is now {aside.name}"
+            last = path == paths[0]
+            warn(f"{what}; " + ("training starts again" if last else "trying the one before"))
     return None
 
 
+def _rename(path: Path, target: Path) -> None:
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"cannot rename a checkpoint: {error.strerror}",
+            where=str(path),
+            fix="make the directory writable, then run the same command again",
+        ) from error
+
+
 def remove_old(directory: Path, keep: int, best_step: int) -> list[Path]:
-    """Removes all but the newest `keep` checkpoints and the best; returns what was removed."""
+    """Removes all but the newest `keep` checkpoints and the best; returns what was removed.
+
+    Raises:
+        EnvironmentProblem: One cannot be removed.
+    """
     paths = list_checkpoints(directory)
     spare = set(paths[-max(1, keep) :]) | {p for p in paths if step_of(p) == best_step}
     removed = [path for path in paths if path not in spare]
     for path in removed:
         # renamed first, so that a kill in the middle leaves no torn checkpoint behind
-        doomed = path.rename(path.with_name(f".{path.name}.partial"))
+        doomed = path.with_name(f".{path.name}.old{PARTIAL_SUFFIX}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        _rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
     return removed
 
@@ -148,21 +209,25 @@ def remove_old(directory: Path, keep: int, best_step: int) -> list[Path]:
 def find_checkpoint(directory: Path, which: str) -> Path:
     """Returns the checkpoint that ``--checkpoint`` means: ``best``, ``last`` or a step.
 
+    Args:
+        directory: ``checkpoints`` of a run.
+        which: As on the command line. Without held-out samples the best is the last.
+
     Raises:
         RunError: There is none; the message lists the steps there are.
+        WeightsError: It is torn.
     """
     paths = list_checkpoints(directory)
-    if paths and which == "last":
-        return paths[-1]
-    if paths and which == "best":
-        best = int(read_json(paths[-1] / STATE)["best_step"])
-        return next((p for p in paths if step_of(p) == best), paths[-1])
+    step: int | None = int(which) if which.isdecimal() else None
+    if paths and which in ("last", "best"):
+        newest = load_state(paths[-1])
+        step = newest.best_step if which == "best" else newest.step
     for path in paths:
-        if which.isdigit() and step_of(path) == int(which):
-            load_heads(path)
+        if step_of(path) == step:
+            load_state(path)
             return path
     raise RunError(
-        f"no checkpoint {which!r}",
+        f"no checkpoint {which!r}" + (f" (step {step})" if which == "best" and paths else ""),
         where=str(directory),
         fix="choose best, last or one of: " + (", ".join(str(step_of(p)) for p in paths) or "none"),
     )

@@ -49,17 +49,32 @@ def run_lock(directory: Path) -> RunLock:
         ) from error
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         stream.seek(0)
-        holder = stream.read().strip() or "another process"
+        holder = _describe(stream.read())
         stream.close()
         raise RunError(
             f"the run is in use by {holder}",
             where=str(directory),
             fix="wait for it, stop it, or begin another run with --resume new",
         ) from error
+    except OSError as error:
+        stream.close()
+        raise EnvironmentProblem(
+            f"the filesystem cannot lock the run: {error.strerror}",
+            where=str(path),
+            fix="choose a directory on a filesystem with file locks, with --out",
+        ) from error
     stream.truncate(0)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": now}, stream)
     stream.flush()
     return RunLock(stream)
+
+
+def _describe(content: str) -> str:
+    try:
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):  # it has the lock but has not written its name yet
+        return "another process"

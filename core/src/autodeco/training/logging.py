@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from autodeco.errors import EnvironmentProblem
+from autodeco.errors import EnvironmentProblem, RunError
 from autodeco.files import atomic_write_text
 
 METRICS = "metrics.jsonl"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl; a torn last line, left by a kill, is passed over."""
+    """Reads metrics.jsonl; a torn last line, left by a kill, is passed over.
+
+    Raises:
+        RunError: Another line is malformed.
+    """
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise RunError(
+                    f"malformed metrics: {error.msg}",
+                    where=f"{path}:{number}",
+                    fix="remove the line, then run again",
+                ) from error
     return rows
 
 
@@ -36,58 +47,99 @@ class MetricsLog:
 
     Args:
         directory: The run directory.
-        step: Steps done when it is opened; later rows, of an interrupted run, are cut off.
+        step: Steps done when it is opened, None for a fresh start; later rows, of an interrupted
+            run, are cut off.
         track: none, tensorboard or wandb.
         config: Recorded by the tracker.
 
     Raises:
-        EnvironmentProblem: The tracker's package is not installed.
+        EnvironmentProblem: The tracker's package is not installed, or the file cannot be written.
     """
 
-    def __init__(self, directory: Path, step: int, track: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, step: int | None, track: str, config: Mapping[str, Any]
+    ) -> None:
         self._path = directory / METRICS
-        rows = [row for row in read_metrics(self._path) if row.get("step", 0) <= step]
-        if step == 0:
-            rows = []
-        atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+        rows = [] if step is None else read_metrics(self._path)
+        kept = [row for row in rows if row["step"] <= (step or 0)]
+        self._tracker = _tracker(track, directory, dict(config), step or 0)
+        atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._stream = self._path.open("a", encoding="utf-8")
-        self._tracker = _tracker(track, directory, dict(config))
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Adds one row; ``kind`` is train or eval."""
-        self._stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._stream.flush()
+        """Adds one row; ``kind`` is train or eval.
+
+        Raises:
+            EnvironmentProblem: It cannot be written.
+        """
+        try:
+            self._stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot write: {error.strerror}",
+                where=str(self._path),
+                fix="free some space, then run the same command again: it continues",
+            ) from error
         if self._tracker is not None:
-            self._tracker(step, {f"{kind}/{name}": value for name, value in values.items()})
+            self._tracker.add(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
-        """Closes the file."""
-        self._stream.close()
+        """Closes the file and the tracker."""
+        with contextlib.suppress(OSError):  # what could not be flushed was reported by `write`
+            self._stream.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
-def _tracker(track: str, directory: Path, config: dict[str, Any]) -> Any:
+class _Tracker(Protocol):
+    def add(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = step + 1 if step else None  # what an interrupted run logged after its checkpoint
+        self._writer: Any = SummaryWriter(str(directory / "logs"), purge_step=purge)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        name = "-".join(directory.resolve().parts[-2:])
+        self._run: Any = wandb.init(
+            dir=str(directory), id=name, name=name, config=dict(config), resume="allow"
+        )
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _tracker(track: str, directory: Path, config: dict[str, Any], step: int) -> _Tracker | None:
     if track == "none":
         return None
     try:
-        if track == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(directory / "tensorboard"))
-
-            def add(step: int, values: Mapping[str, float]) -> None:
-                for name, value in values.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
-
-            return add
-        import wandb
-
-        run_id = "-".join(directory.parts[-2:])
-        run = wandb.init(dir=str(directory), id=run_id, name=run_id, config=config, resume="allow")
-        return lambda step, values: run.log(dict(values), step=step)
+        return (
+            _TensorBoard(directory, step) if track == "tensorboard" else _Wandb(directory, config)
+        )
     except ImportError as error:
         raise EnvironmentProblem(
-            f"--track {track} needs a package that is not installed: {error.name}",
+            f"--track {track} needs a package that is not installed: {error.name or track}",
             fix="pip install autodeco[track], or leave --track out",
         ) from error
 

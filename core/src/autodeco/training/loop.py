@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
 from autodeco.engines.base import Engine
-from autodeco.errors import NumericsError
+from autodeco.errors import DataError, NumericsError, RunError
+from autodeco.files import remove_partial
 from autodeco.heads.modules import DecodingHeads
 from autodeco.heads.objective import OBJECTIVES, ObjectiveSums, objective_sums
 from autodeco.job import Job
@@ -30,8 +31,16 @@ from autodeco.training.checkpoint import (
 )
 from autodeco.training.data import Sample, SampleSet
 from autodeco.training.logging import MetricsLog, ProgressLine
+from autodeco.training.parallel import (
+    add_gradients,
+    add_sums,
+    any_rank,
+    from_first,
+    rank_and_world,
+    wait_for_all,
+)
 from autodeco.training.schedule import Schedule
-from autodeco.training.validation import add_over_ranks, collapse_warning, measure, summarize
+from autodeco.training.validation import collapse_warning, measure, summarize
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,14 @@ def train(
         console: Where progress goes.
 
     Raises:
+        DataError: There is nothing to learn from.
+        RunError: The checkpoints are of other heads.
+        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written after the step.
         NumericsError: A loss or a gradient is not finite; the last checkpoint is intact.
         EnvironmentProblem: A checkpoint cannot be written.
     """
+    if not train_set.samples:
+        raise DataError("no training samples", where=str(train_set.path), fix="check the data")
     loop = _Loop(job, engine, heads, train_set.samples, eval_set.samples, directory, model_name)
     loop.digest, loop.metadata = digest, dict(metadata or {})
     loop.console = console or Console(stderr=True)
@@ -112,8 +126,7 @@ class _Loop:
         self.samples, self.held_out = samples, held_out
         self.directory, self.model_name = directory, model_name
         self.objective = OBJECTIVES[job.objective]
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank, self.world = rank_and_world()
         available = job.epochs * steps_per_epoch(len(samples), job.global_batch)
         self.total = min(job.max_steps, available) if job.max_steps else available
         self.schedule = Schedule(
@@ -132,56 +145,71 @@ class _Loop:
         self.output = engine.output_weight()
 
     def run(self) -> TrainResult:
-        self._resume()
-        log = (
-            MetricsLog(self.directory, self.step, self.job.track, self.job.to_json())
-            if self.rank == 0
-            else None
-        )
-        progress = ProgressLine(
-            self.console if self.rank == 0 else Console(quiet=True),
-            self.total,
-            self.step,
-            self.job.log_seconds,
-        )
+        resumed = self._resume()
+        first = self.rank == 0
+        log = None
+        if first:
+            since = self.step if resumed else None
+            log = MetricsLog(self.directory, since, self.job.track, self.job.to_json())
+        console = self.console if first else Console(quiet=True)
+        progress = ProgressLine(console, self.total, self.step, self.job.log_seconds)
         try:
             with _checkpoint_on_signal() as asked, progress:
-                if self.step == 0:
+                if not resumed:
                     self._evaluate(log)
                     self._save()
                 while self.step < self.total:
                     self._one_step(log, progress)
                     last = self.step == self.total
-                    if last or self.step % self.job.eval_every == 0:
-                        self._evaluate(log)
-                    if last or self.step % self.job.save_every == 0 or asked.is_set():
+                    due = last or self.step % self.job.eval_every == 0
+                    improved = due and self._evaluate(log)
+                    stop = any_rank(asked.is_set(), self.engine.device)
+                    if last or improved or stop or self.step % self.job.save_every == 0:
                         self._save()
-                    if asked.is_set():
+                    if stop:
                         raise KeyboardInterrupt
         finally:
             if log is not None:
                 log.close()
-        return TrainResult(self.step, self.seen, self.best_step, self.best_loss, self.last)
+        best = self.best_step if self.held_out else self.step
+        return TrainResult(self.step, self.seen, best, self.best_loss, self.last)
 
-    def _resume(self) -> None:
-        def warn(text: str) -> None:
-            self.console.print(f"  [yellow]{text}[/]", highlight=False)
+    def _warn(self, text: str) -> None:
+        if self.rank == 0:
+            self.console.print(f"  {text}", style="yellow", markup=False, highlight=False)
 
-        found = load_newest(self.directory / "checkpoints", warn)
-        if self.job.max_steps and self.total < self.job.max_steps and self.rank == 0:
-            warn(
+    def _resume(self) -> bool:
+        """Continues from the newest whole checkpoint; returns whether there is one."""
+        folder = self.directory / "checkpoints"
+        if self.job.max_steps and self.total < self.job.max_steps:
+            self._warn(
                 f"--max-steps {self.job.max_steps} is more than the data gives in "
                 f"{self.job.epochs} epochs: {self.total} steps"
             )
-        if found is None:
-            return
-        tensors, moments, state = found
-        self.heads.load_state_dict(tensors)
+        if not self.held_out:
+            self._warn("no held-out samples: nothing is measured, and the best is the last")
+        if self.rank == 0:
+            remove_partial(folder)
+        start = (self.heads.state_dict(), None, None)
+        found = (load_newest(folder, self._warn) or start) if self.rank == 0 else start
+        tensors, moments, state = from_first(found)
+        try:
+            self.heads.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise RunError(
+                "the checkpoints of this run are of other heads",
+                where=str(folder),
+                fix="begin another run with --resume new",
+            ) from error
+        if state is None or moments is None:
+            return False
         _load_moments(self.optimizer, self.heads, moments, state.optimizer_steps)
         self.step, self.seen, self.moved = state.step, state.samples, state.optimizer_steps
         self.best_step, self.best_loss = state.best_step, state.best_loss
+        self.last = dict(state.metrics)
         if self.rank == 0:
             self.console.print(f"  resumed at step {self.step}/{self.total}", highlight=False)
+        return True
 
     def _one_step(self, log: MetricsLog | None, progress: ProgressLine) -> None:
         began = time.monotonic()
@@ -206,9 +234,11 @@ class _Loop:
                     backward=True,
                     drop=self.job.drop,
                 )
-        sums = add_over_ranks(sums, self.engine.device)
+        sums = add_sums(sums, self.engine.device)
         rate = self.schedule.rate(self.step)
-        norm = self._move(sums.normalizer, rate) if sums.normalizer else 0.0
+        # Without a kept token there is no gradient, and momentum alone shall not move the heads.
+        moves = sums.normalizer and (sums.kept or not self.objective.drop_top_p)
+        norm = self._move(sums.normalizer, rate) if moves else 0.0
         self.step += 1
         self.seen += len(batch)
         if log is not None:
@@ -230,8 +260,7 @@ class _Loop:
             p.grad if p.grad is not None else torch.zeros_like(p) for p in self.heads.parameters()
         ]
         flat = torch.cat([g.flatten() for g in gradients])
-        if self.world > 1:
-            dist.all_reduce(flat)
+        add_gradients(flat)
         flat /= normalizer
         norm = float(flat.norm())
         if not torch.isfinite(flat).all():
@@ -251,19 +280,25 @@ class _Loop:
         self.moved += 1
         return norm
 
-    def _evaluate(self, log: MetricsLog | None) -> None:
+    def _evaluate(self, log: MetricsLog | None) -> bool:
+        """Measures on the held-out samples; returns whether the heads are the best so far."""
+        if not self.held_out:
+            return False
         mine = microbatches(
             self.held_out, self.job.micro_batch_tokens, world_size=self.world, rank=self.rank
         )
         metrics = measure(self.engine, self.heads, mine, self.objective, seed=self.job.seed)
         self.last = metrics
-        if self.best_loss is None or metrics["loss"] < self.best_loss:
-            # by the objective itself: NLL before the cut does not see the top-p head at all
+        # by the objective itself: NLL before the cut does not see the top-p head at all
+        improved = self.best_loss is None or metrics["loss"] < self.best_loss
+        if improved:
             self.best_loss, self.best_step = metrics["loss"], self.step
-            self._save()
-        if log is None:
-            return
-        log.write("eval", self.step, metrics)
+        if log is not None:
+            log.write("eval", self.step, metrics)
+            self._show(metrics)
+        return improved
+
+    def _show(self, metrics: dict[str, float]) -> None:
         self.console.print(
             f"  held out at step {self.step}: loss {metrics['loss']:.4f}, "
             f"NLL {metrics['nll']:.4f}, "
@@ -274,7 +309,7 @@ class _Loop:
         )
         warning = collapse_warning(metrics, self.heads)
         if warning:
-            self.console.print(f"  [yellow]{warning}[/]", highlight=False)
+            self._warn(warning)
 
     def _save(self) -> None:
         if self.rank == 0:
@@ -285,15 +320,15 @@ class _Loop:
                 self.total,
                 self.job.seed,
                 self.digest,
-                self.best_step,
+                self.best_step if self.held_out else self.step,
                 self.best_loss,
+                self.last,
             )
             folder = self.directory / "checkpoints"
             moments = _moments(self.optimizer, self.heads)
             save_checkpoint(folder, self.model_name, self.heads, moments, state, self.metadata)
             remove_old(folder, self.job.keep, self.best_step)
-        if self.world > 1:
-            dist.barrier()
+        wait_for_all()
 
 
 def _moments(optimizer: torch.optim.Optimizer, heads: DecodingHeads) -> dict[str, Tensor]:
@@ -324,15 +359,22 @@ def _load_moments(
 
 @contextmanager
 def _checkpoint_on_signal() -> Iterator[threading.Event]:
-    """SIGTERM and SIGINT ask for a checkpoint at the end of the step instead of ending at once."""
+    """SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second SIGINT ends at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
+
+    def ask(number: int, _: Any) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+        os.write(2, b"\nstopping after this step, with a checkpoint\n")
+
     signals = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in signals}
     for number in signals:
-        signal.signal(number, lambda *_: asked.set())
+        signal.signal(number, ask)
     try:
         yield asked
     finally:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from autodeco.errors import DataError
+from autodeco.files import read_json
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,38 @@ class Tokenized:
             [*prompt, *completion, *end],
             [False] * len(prompt) + [True] * (len(completion) + len(end)),
         )
+
+
+def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> Any:
+    """Loads the tokenizer that lies beside a checkpoint.
+
+    Raises:
+        DataError: There is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(model), local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"the tokenizer cannot be loaded: {error}",
+            where=str(model),
+            fix="put the tokenizer's files beside the checkpoint's",
+        ) from error
+
+
+def eos_token_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Returns every token id that ends an answer, the tokenizer's own first."""
+    found: list[int] = []
+    if getattr(tokenizer, "eos_token_id", None) is not None:
+        found.append(int(tokenizer.eos_token_id))
+    for name in ("generation_config.json", "config.json"):
+        if (model / name).exists():
+            ids = read_json(model / name).get("eos_token_id")
+            found += [ids] if isinstance(ids, int) else list(ids or ())
+    return tuple(dict.fromkeys(found))
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

@@ -6,29 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from autodeco.engines.base import Engine, TokenBatch
 from autodeco.heads.modules import DecodingHeads
 from autodeco.heads.objective import Objective, ObjectiveSums, objective_sums
+from autodeco.training.parallel import add_sums
 
 _NEAR = 0.02
-
-
-def add_over_ranks(sums: ObjectiveSums, device: torch.device) -> ObjectiveSums:
-    """Adds the sums of all data-parallel ranks, in float64."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return sums
-    names = list(vars(sums))
-    values = torch.tensor(
-        [float(getattr(sums, n)) for n in names], dtype=torch.float64, device=device
-    )
-    dist.all_reduce(values)
-    kinds = [type(getattr(ObjectiveSums.zero(), n)) for n in names]
-    pairs = zip(names, kinds, values.tolist(), strict=True)
-    return ObjectiveSums(**{n: kind(v) for n, kind, v in pairs})
 
 
 def summarize(sums: ObjectiveSums) -> dict[str, float]:
@@ -78,11 +61,13 @@ def measure(
             total += objective_sums(
                 heads, hidden, output, objective, seed=seed, epoch=0, backward=False, drop=0.0
             )
-    return summarize(add_over_ranks(total, engine.device))
+    return summarize(add_sums(total, engine.device))
 
 
 def collapse_warning(metrics: dict[str, Any], heads: DecodingHeads) -> str | None:
     """Returns a sentence when T or P sits at a bound almost everywhere, else None."""
+    if not metrics["tokens"]:
+        return None
     bounds = {"temperature": (0.0, 2.0, heads.temp_head), "top_p": (0.0, 1.0, heads.top_p_head)}
     for name, (low, high, head) in bounds.items():
         mean, spread = metrics[f"{name}_mean"], metrics[f"{name}_std"]
