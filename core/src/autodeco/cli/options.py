@@ -15,7 +15,7 @@ from autodeco.job import Job
 Command = Callable[..., Any]
 
 
-class _JsonObject(click.ParamType):
+class _JsonObject(click.ParamType):  # type: ignore[type-arg, unused-ignore]
     name = "json"
 
     def convert(

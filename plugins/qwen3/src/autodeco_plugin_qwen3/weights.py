@@ -46,7 +46,9 @@ WEIGHT_MAP = WeightMap(
         tied(*_EMBEDDING, ("output_layer.weight",), _vocabulary, when=_tied),
         copy(_HF + "input_layernorm.weight", _MC + "input_layernorm.weight", _width),
         qkv(
-            *(_ATTENTION[0] + name + "_proj.weight" for name in "qkv"),
+            _ATTENTION[0] + "q_proj.weight",
+            _ATTENTION[0] + "k_proj.weight",
+            _ATTENTION[0] + "v_proj.weight",
             _ATTENTION[1] + "linear_qkv.weight",
         ),
         copy(_ATTENTION[0] + "q_norm.weight", _ATTENTION[1] + "q_layernorm.weight", _head),
