@@ -21,26 +21,38 @@ _GROUP = 16
 
 
 class Workspace:
-    """Buffers for one block, allocated once and used for every chunk.
+    """Buffers for one block, allocated once and used for every block.
 
     Attributes:
         logits: [rows, V] in the logits' dtype.
+        kernel: whether one kernel takes the sums; else plain torch does, with
         x, e, g: [rows, V] scratch in the dtype of the sums.
     """
 
     def __init__(
-        self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device, scratch: int = 3
+        self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device, slopes: bool = True
     ) -> None:
         wide = torch.promote_types(dtype, torch.float32)
         self.logits = torch.empty(rows, vocab, dtype=dtype, device=device)
-        block = torch.empty(scratch, rows, vocab, dtype=wide, device=device)
-        self.x, self.e, self.g = block[0], block[1], block[-1]
+        self.kernel = has_kernel(device, dtype)
+        if not self.kernel:
+            scratch = torch.empty(3 if slopes else 2, rows, vocab, dtype=wide, device=device)
+            self.x, self.e, self.g = scratch[0], scratch[1], scratch[-1]
 
     @staticmethod
-    def bytes_per_logit(dtype: torch.dtype) -> int:
-        """What a logit costs in a workspace and the passing copies beside it."""
+    def bytes_per_logit(dtype: torch.dtype, device: torch.device) -> int:
+        """What a logit costs in a workspace and in the passing copies of some rows beside it."""
         wide = torch.promote_types(dtype, torch.float32).itemsize
-        return 2 * dtype.itemsize + 3 * wide
+        return 2 * dtype.itemsize + wide * (1 if has_kernel(device, dtype) else 3)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the sums over the vocabulary run as one kernel."""
+    if device.type != "cuda":
+        return False
+    from autodeco.heads import kernels
+
+    return kernels.available(device, dtype)
 
 
 @dataclass(frozen=True)
@@ -117,9 +129,10 @@ class Moments:
         temperature: T.
         total: sum of e = exp(x/T).
         energy: E = sum p x.
-        spread: Var_p(x), for dH/dT. None unless asked for, like the two below.
-        variance: unbiased variance of p over V.
-        variance_slope: its derivative in T.
+        variance: unbiased variance of p over V. None unless asked for, like all that follow.
+        spread: Var_p(x), for dH/dT.
+        variance_slope: derivative of the variance of p in T.
+        base: sum of exp(x), the frozen model's own at T = 1.
     """
 
     temperature: Tensor
@@ -128,6 +141,7 @@ class Moments:
     variance: Tensor | None = None
     spread: Tensor | None = None
     variance_slope: Tensor | None = None
+    base: Tensor | None = None
 
 
 def moments(
@@ -138,27 +152,56 @@ def moments(
     *,
     features: bool = False,
     slopes: bool = False,
+    base: bool = False,
 ) -> Moments:
-    """One sweep over logits [n, V] at temperature T [n]; overwrites the workspace's scratch."""
-    n, vocab = logits.shape
-    t = temperature.unsqueeze(-1)
+    """A sweep over logits [n, V] at temperature T [n]; overwrites the workspace's scratch."""
+    if work.kernel:
+        from autodeco.heads import kernels
+
+        sums = kernels.sums_over_vocabulary(logits, peak, temperature, slopes=slopes, base=base)
+        total, energy, square, spread, cross, base_sum = sums.unbind(0)
+    else:
+        plain = _sums_over_vocabulary(logits, peak, temperature, work, features, slopes, base)
+        total, energy, square, spread, cross, base_sum = plain
+    v = logits.shape[-1]
+    return Moments(
+        temperature,
+        total,
+        energy,
+        # sum (p - 1/V)^2 = sum p^2 - 1/V cancels only where p is flat and this feature, at most
+        # 1/V^2, vanishes beside the entropy; where a token dominates every digit stays.
+        (square / total**2 - 1.0 / v).clamp_min(0.0) / max(1, v - 1) if features else None,
+        spread / total if slopes else None,
+        -2.0 * cross / (total * temperature) ** 2 / max(1, v - 1) if slopes else None,
+        base_sum if base else None,
+    )
+
+
+def _sums_over_vocabulary(
+    logits: Tensor,
+    peak: Tensor,
+    temperature: Tensor,
+    work: Workspace,
+    features: bool,
+    slopes: bool,
+    base: bool,
+) -> tuple[Tensor, ...]:
+    """The sums of :func:`autodeco.heads.kernels.sums_over_vocabulary` in plain torch."""
+    n = logits.shape[0]
     x = torch.sub(logits, peak, out=work.x[:n])
-    e = torch.div(x, t, out=work.e[:n]).exp_()
+    e = torch.div(x, temperature.unsqueeze(-1), out=work.e[:n]).exp_()
     total = e.sum(-1)
     energy = dot(e, x) / total
-    if not features:
-        return Moments(temperature, total, energy)
-    # sum (p - 1/V)^2 = sum p^2 - 1/V: it cancels only where p is flat and this feature, at most
-    # 1/V^2, vanishes beside the entropy; where a token dominates every digit stays.
-    variance = (dot(e, e) / total**2 - 1.0 / vocab).clamp_min(0.0) / max(1, vocab - 1)
+    none = torch.zeros_like(total)
+    square = dot(e, e) if features else none
+    # Without slopes g is e, which is not needed any more.
+    base_sum = torch.exp(x, out=work.g[:n]).sum(-1) if base else none
     if not slopes:
-        return Moments(temperature, total, energy, variance)
+        return total, energy, square, none, none, base_sum
     # Centred at E before squaring: a difference of squares would lose every digit for small T.
     x.sub_(energy.unsqueeze(-1))
     g = torch.mul(e, x, out=work.g[:n])
-    spread = dot(g, x) / total
-    slope = -2.0 * dot(g, e) / (total * temperature) ** 2 / max(1, vocab - 1)
-    return Moments(temperature, total, energy, variance, spread, slope)
+    return total, energy, square, dot(g, x), dot(g, e), base_sum
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -190,8 +233,3 @@ def label_log_p(order: Order, m: Moments) -> tuple[Tensor, Tensor]:
     """log p_y and its derivative in T, both [n]."""
     t = m.temperature
     return order.label_x / t - m.total.log(), (m.energy - order.label_x) / (t * t)
-
-
-def base_total(logits: Tensor, peak: Tensor, work: Workspace) -> Tensor:
-    """Sum of exp(x) [n], the frozen model's at T = 1; overwrites the workspace's scratch."""
-    return torch.sub(logits, peak, out=work.x[: len(peak)]).exp_().sum(-1)

@@ -13,7 +13,6 @@ from autodeco.heads.closed_form import (
     Moments,
     Order,
     Workspace,
-    base_total,
     label_log_p,
     moments,
     order_of,
@@ -38,13 +37,11 @@ class Seen:
         order: the head of each row's order.
         at: moments at the tokens' T.
         tail: mass of the labels outside the head; None if not asked for.
-        base: sum of exp(x) at T = 1; None if not asked for.
     """
 
     order: Order
     at: Moments
     tail: LabelMass | None = None
-    base: Tensor | None = None
 
 
 def see(
@@ -68,9 +65,9 @@ def see(
         base: whether the frozen model's own probability is needed.
     """
     order = order_of(logits, label, first_width(logits.shape[-1]))
-    at = moments(logits, order.peak, temperature, work, features=features, slopes=slopes)
-    tail = tail_mass(logits, order, at) if mass else None
-    return Seen(order, at, tail, base_total(logits, order.peak, work) if base else None)
+    wanted = {"features": features, "slopes": slopes, "base": base}
+    at = moments(logits, order.peak, temperature, work, **wanted)
+    return Seen(order, at, tail_mass(logits, order, at) if mass else None)
 
 
 def join(parts: list[Seen]) -> Seen:
@@ -157,8 +154,8 @@ def token_terms(
             )
 
     weights = {"one": torch.ones_like(log_p), "tempered": log_p.exp()}
-    if seen.base is not None:
-        weights["base"] = order.label_x.exp() / seen.base
+    if at.base is not None:
+        weights["base"] = order.label_x.exp() / at.base
     w_t, w_p = weights[objective.temperature_weight], weights[objective.top_p_weight]
     return TokenTerms(
         (-w_t * log_p, -w_t * log_p_slope) if with_temperature else None,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from autodeco.engines.base import HiddenBatch, OutputWeight
 
 # A block of logits with its scratch, and what a group of tokens keeps while its heads are trained.
-BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 2 * 2**30}
+BLOCK_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 GROUP_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 
 
@@ -106,7 +106,7 @@ def _by_derivatives(value: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
 def block_tokens(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
     """Tokens whose logits and scratch fit the byte budget of the device."""
     budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
-    return max(1, budget // (vocab * Workspace.bytes_per_logit(dtype)))
+    return max(1, budget // (vocab * Workspace.bytes_per_logit(dtype, device)))
 
 
 def group_tokens(vocab: int, hidden_size: int, device: torch.device) -> int:
@@ -188,7 +188,7 @@ class _Job:
         vocab, dtype, device = self.weight.shape[0], hidden.h.dtype, hidden.h.device
         self.block = min(m, chunk_tokens or block_tokens(vocab, dtype, device))
         self.group = max(self.block, group_tokens(vocab, hidden.h.shape[1], device))
-        self.work = Workspace(self.block, vocab, dtype, device, scratch=3 if self.slopes else 2)
+        self.work = Workspace(self.block, vocab, dtype, device, self.slopes)
         self.spared = (
             keep_mask(seed, epoch, hidden.sample_id, hidden.token_index, drop) if drop > 0 else None
         )
