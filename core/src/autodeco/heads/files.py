@@ -275,7 +275,7 @@ def _head_names(file: Path) -> tuple[str, ...]:
     foreign = [n for n in names if n not in heads and not n.startswith(BACKBONE_PREFIX)]
     if not heads or foreign:
         raise WeightsError(
-            f"unknown tensor {foreign[0]}" if foreign else "the file holds no heads",
+            f"unknown tensor {foreign[0]}" if heads else "no heads in this file",
             where=str(file),
             fix="heads are named temp_head.mlp.{0,2}.* and top_p_head.mlp.{0,2}.*",
         )

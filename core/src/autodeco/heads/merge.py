@@ -73,10 +73,15 @@ class MergeReport:
     left_out: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Returns one line for people: what became of the base's weight files."""
-        ways = {"hard-linked": self.linked, "reflinked": self.reflinked, "copied": self.copied}
-        shards = ", ".join(f"{count} {way}" for way, count in ways.items() if count)
-        return f"{self.layout}; weight files: {shards}; {self.bytes_written / 1e6:.1f} MB written"
+        """One sentence: the layout, and how the base's weight files came here."""
+        counts = {
+            "hard-linked": self.linked,
+            "reflinked": self.reflinked,
+            "written anew" if self.layout == "autodeco" else "copied": self.copied,
+        }
+        how = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+        text = f"{self.layout} layout, weight files: {how}; {self.bytes_written:,} bytes written"
+        return text + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
 
 
 def merge(
