@@ -137,7 +137,7 @@ def tokenize_chat(
 
     A template that marks generation is believed. Otherwise each assistant turn begins where the
     template, asked to prompt for it, ends, and it ends with the turn; a template under which that
-    is not a prefix of the whole (Qwen3 takes the thoughts out of earlier turns) is learned from
+    is not a prefix of the whole (some take the thoughts out of earlier turns) is learned from
     in its last turn alone.
 
     Raises:
