@@ -75,7 +75,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _fsync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -117,11 +117,11 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         sync_tree(temporary)
         if final.exists():
             retired = _temporary(final)
-            os.rename(final, retired)
-            os.rename(temporary, final)
+            final.rename(retired)
+            temporary.rename(final)
             shutil.rmtree(retired, ignore_errors=True)
         else:
-            os.rename(temporary, final)
+            temporary.rename(final)
         _fsync(final.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)

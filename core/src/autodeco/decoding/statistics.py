@@ -219,7 +219,7 @@ def compare_with_curve(
 
 
 def _judge(means: Array, points: int) -> tuple[tuple[float, float], tuple[bool, bool]]:
-    """Both differences from the means [2 * points + 2]: curve's entropies, accuracies, then ours."""
+    """Both differences from means: the curve's entropies, its accuracies, then our two."""
     curve = StaticCurve.through(means[:points], means[points : 2 * points])
     entropy, accuracy = float(means[-2]), float(means[-1])
     at_entropy, entropy_inside = curve.accuracy_at(entropy)

@@ -359,7 +359,7 @@ def _load_moments(
 
 @contextmanager
 def _checkpoint_on_signal() -> Iterator[threading.Event]:
-    """SIGTERM and SIGINT ask for a checkpoint at the end of the step; a second SIGINT ends at once."""
+    """SIGTERM and SIGINT ask for a checkpoint after the step; a second SIGINT ends at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

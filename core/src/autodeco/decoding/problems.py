@@ -1,0 +1,113 @@
+"""Problems to evaluate on: the file's rules, and the prompts made from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autodeco.errors import DataError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line of a problems file: text or messages, and the ground truth."""
+
+    problem: str
+    gt: str
+    messages: tuple[Mapping[str, Any], ...] | None
+    line: int
+
+
+def load_problems(path: Path, *, limit: int | None = None) -> list[Problem]:
+    """Reads problems from JSON lines: ``problem`` (text) or ``messages``, and ``gt``.
+
+    Args:
+        path: the file; empty lines are passed over.
+        limit: stop after this many.
+
+    Raises:
+        DataError: The file or a line of it cannot be used; the message has file and line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the problems: {error}", where=str(path)) from error
+    problems: list[Problem] = []
+    for number, line in enumerate(lines, 1):
+        if limit is not None and len(problems) >= limit:
+            break
+        if line.strip():
+            problems.append(_problem(line, f"{path}:{number}", number))
+    if not problems:
+        raise DataError(
+            "the file has no problems", where=str(path), fix="give lines of problem and gt"
+        )
+    return problems
+
+
+def _problem(line: str, where: str, number: int) -> Problem:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"malformed JSON: {error.msg}", where=f"{where}:{error.colno}") from error
+    if not isinstance(record, dict):
+        raise DataError("not a JSON object", where=where)
+    gt = record.get("gt")
+    if isinstance(gt, bool) or not isinstance(gt, str | int | float) or str(gt).strip() == "":
+        raise DataError(
+            "no ground truth", where=where, fix="give 'gt', the right answer, as text or number"
+        )
+    text, messages = record.get("problem"), record.get("messages")
+    if messages is not None:
+        good = isinstance(messages, list) and messages
+        if not good or not all(isinstance(m, dict) and "role" in m for m in messages):
+            raise DataError("'messages' is not a list of messages with a role", where=where)
+        return Problem(str(text or ""), str(gt), tuple(messages), number)
+    if not isinstance(text, str) or not text:
+        raise DataError("no problem text", where=where, fix="give 'problem' or 'messages'")
+    return Problem(text, str(gt), None, number)
+
+
+def problem_prompts(
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    *,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Token ids of the prompts.
+
+    ``messages`` go through the tokenizer's chat template. A problem's text is taken as already
+    formatted (no second BOS), or with ``chat`` as a user's message.
+
+    Raises:
+        DataError: The tokenizer has no chat template and one is needed.
+    """
+    prompts: list[list[int]] = []
+    for problem in problems:
+        messages = list(problem.messages or ())
+        if chat and not messages:
+            messages = [{"role": "user", "content": problem.problem}]
+        if messages:
+            if not getattr(tokenizer, "chat_template", None):
+                raise DataError(
+                    "messages need a chat template, and the tokenizer has none",
+                    where=f"problem of line {problem.line}",
+                    fix="give the formatted text as 'problem'",
+                )
+            text = tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=True,
+                **dict(chat_template_kwargs or {}),
+            )
+            prompts.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        else:
+            bos = getattr(tokenizer, "bos_token", None)
+            spelled = bool(bos) and problem.problem.startswith(str(bos))
+            ids = tokenizer(problem.problem, add_special_tokens=not spelled)["input_ids"]
+            prompts.append(list(ids))
+    return prompts
