@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from curve_plot import COLOURS, Series, svg
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -40,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodeco import stories
 from autodeco.convert.source import built_in_checkpoint
+from autodeco.decoding.plot import COLOURS, Series, svg
 from autodeco.decoding.policy import DecodingPolicy
 from autodeco.decoding.sampler import Answer, sample_answers
 from autodeco.decoding.statistics import Array, compare_with_curve, upper_hull
@@ -260,7 +260,13 @@ def draw(curve: Curve, seeds: Sequence[dict[str, Any]]) -> str:
         spot = [(shift["entropy"], shift["accuracy"], f"mean shift, seed {result['seed']}")]
         series.append(Series(f"mean shift, seed {result['seed']}", spot, colour, marker="cross"))
     floor = 0.9 * min(row["accuracy"] for r in seeds for row in r["dial"])
-    return svg(series, "Accuracy against entropy: the demo task", floor)
+    return svg(
+        series,
+        "Accuracy against entropy: the demo task",
+        "entropy of the distribution drawn from, nats an answer",
+        "accuracy",
+        floor=floor,
+    )
 
 
 def tables(console: Console, curve: Curve, seeds: Sequence[dict[str, Any]]) -> None:

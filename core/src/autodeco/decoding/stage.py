@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autodeco.decoding.evaluation import EvaluationResult, Problem, evaluate
-from autodeco.decoding.report import evaluation_table, write_report
+from autodeco.decoding.report import write_report
+from autodeco.decoding.results import evaluation_table
 from autodeco.files import atomic_write_json, read_json
 from autodeco.heads.modules import DecodingHeads
 from autodeco.training.logging import METRICS, read_metrics

@@ -13,13 +13,16 @@ _COLD, _NEUTRAL, _HOT = (66, 135, 245), (190, 190, 190), (240, 75, 60)
 _OPEN, _CUT = (18, 18, 18), (88, 88, 88)
 
 
-def _mix(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> Color:
+Rgb = tuple[int, int, int]
+
+
+def _mix(a: Rgb, b: Rgb, share: float) -> Rgb:
     r, g, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
-    return Color.from_rgb(r, g, blue)
+    return r, g, blue
 
 
-def token_style(temperature: float, top_p: float) -> Style:
-    """The colours of a token.
+def token_rgb(temperature: float, top_p: float) -> tuple[Rgb, Rgb]:
+    """The colours of a token, of its letters and of the ground, 0-255 each.
 
     Args:
         temperature: T; the letters go from blue (0) over grey (1) to red (2 and more).
@@ -27,7 +30,13 @@ def token_style(temperature: float, top_p: float) -> Style:
     """
     t = min(max(temperature, 0.0), 2.0)
     ink = _mix(_COLD, _NEUTRAL, t) if t <= 1 else _mix(_NEUTRAL, _HOT, t - 1)
-    return Style(color=ink, bgcolor=_mix(_OPEN, _CUT, 1 - min(max(top_p, 0.0), 1.0)))
+    return ink, _mix(_OPEN, _CUT, 1 - min(max(top_p, 0.0), 1.0))
+
+
+def token_style(temperature: float, top_p: float) -> Style:
+    """`token_rgb` as a style of rich."""
+    ink, ground = token_rgb(temperature, top_p)
+    return Style(color=Color.from_rgb(*ink), bgcolor=Color.from_rgb(*ground))
 
 
 def coloured_tokens(
