@@ -158,9 +158,7 @@ def test_greedy_takes_the_smallest_id_of_equals() -> None:
         assert (token.item(), entropy.item()) == (1, 0.0)
 
 
-def test_tokens_entropies_and_predictions_of_long_answers(
-    model: Any, heads: DecodingHeads
-) -> None:
+def test_tokens_entropies_and_predictions_of_long_answers(model: Any, heads: DecodingHeads) -> None:
     for answer in sample(model, heads):
         policy = POLICIES[answer.policy]
         prompt = PROMPTS[answer.prompt]

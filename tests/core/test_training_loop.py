@@ -211,7 +211,10 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
     run_training(tmp_path / "b", tiny_job(max_steps=1, clip=1e-9), heads=clipped)
     # Adam does not see a factor, unless the gradient falls to the size of its epsilon (1e-8).
     moves = [
-        max(float((a - b).abs().max()) for a, b in zip(h.parameters(), heads.parameters(), strict=True))
+        max(
+            float((a - b).abs().max())
+            for a, b in zip(h.parameters(), heads.parameters(), strict=True)
+        )
         for h in (whole, clipped)
     ]
     assert moves[0] > 9e-3 and moves[1] < 2e-3

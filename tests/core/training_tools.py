@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -48,9 +49,7 @@ class TinyEngine:
         for batch in batches:
             self.largest_batch = max(self.largest_batch, len(batch.ids))
             bounds = batch.cu_seqlens.tolist()
-            parts = [
-                self.states(batch.ids[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)
-            ]
+            parts = [self.states(batch.ids[a:b]) for a, b in itertools.pairwise(bounds)]
             at = batch.predict.nonzero()[:, 0]
             yield HiddenBatch(
                 torch.cat(parts)[at],
