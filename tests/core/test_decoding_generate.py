@@ -30,7 +30,7 @@ NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Matrices of 32 columns gain nothing from a second thread, and wait for it on a busy machine."""
+    """Small matrices gain nothing from a second thread, and wait for it on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

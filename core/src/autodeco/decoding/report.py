@@ -1,4 +1,4 @@
-"""report.html: one file that shows what a run trained and how it decodes; nothing from a network."""
+"""report.html: one file that shows what a run trained and how it decodes; needs no network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
   color: #222 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
-th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th, td { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: right;
+  white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 tr.heads { font-weight: 600 } tr.best { font-style: italic }
 .answer { white-space: pre-wrap; font-family: ui-monospace, monospace; background: #121212;
