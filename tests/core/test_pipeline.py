@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from autodeco import __version__
 from autodeco.cli import main
 from autodeco.errors import DataError, RunError, WeightsError
 from autodeco.job import Job
@@ -73,6 +74,32 @@ def test_second_process_is_refused_by_the_lock(tmp_path: Path) -> None:
     assert run(tmp_path).path == first.path
 
 
+def test_a_stage_alone_is_done_again_in_the_trained_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run of this job is trained"):
+        run(tmp_path, ("export",))
+    whole = run(tmp_path, (*STAGES, "evaluate"), evaluate_problems=2, max_new_tokens=4)
+    assert json.loads((whole.path / "heads" / "config.json").read_text())["checkpoint"]
+    alone = run(tmp_path, ("merge",), merge="autodeco")
+    assert alone.path == whole.path and [row[0] for row in alone.rows] == ["merge"]
+    merged = json.loads((whole.path / "merged" / "config.json").read_text())
+    assert merged["model_type"] == "autodeco"
+    again = run(tmp_path, ("export",), checkpoint="0")
+    config = json.loads((again.path / "heads" / "config.json").read_text())
+    assert config["checkpoint"] == "qwen3-debug-0-0"
+
+
+def test_the_evaluation_stage_measures_and_reports(tmp_path: Path) -> None:
+    stages = (*STAGES, "evaluate")
+    summary = run(tmp_path, stages, evaluate_problems=3, max_new_tokens=4)
+    result = json.loads((summary.path / "evaluation.json").read_text())
+    roles = {setting["role"] for setting in result["settings"]}
+    assert roles == {"greedy", "vendor", "static", "mean shift", "heads"}
+    assert all(len(setting["correct"]) == 3 for setting in result["settings"])
+    page = (summary.path / "report.html").read_text()
+    assert page.count("<svg") == 1 + 6 and "http" not in page.replace("http://www.w3.org", "")
+    assert summary.results == result and summary.evaluation.row_count == len(result["settings"]) + 1
+
+
 def test_own_model_and_data(tmp_path: Path) -> None:
     built_in = run(tmp_path / "a", STAGES[:4])
     model = shutil.copytree(built_in.path / "model", tmp_path / "model")
@@ -118,10 +145,11 @@ def test_exit_codes_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
         (["run", "--plugin", "qwen3", "--preset", "8b"], 3, "--model"),
         (["run", "--plugin", "qwen3", "--nonsense"], 2, "nonsense"),
         (["train", "--plugin", "qwen3", "--data", str(tmp_path / "no.jsonl")], 4, "no.jsonl"),
-        (["--version"], 0, ""),
     ]
     for arguments, code, message in cases:
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, *(["--out", str(tmp_path)] if code > 2 else [])])
         assert stopped.value.code == code, arguments
         assert message in capsys.readouterr().err
+    main(["--version"])
+    assert __version__ in capsys.readouterr().out

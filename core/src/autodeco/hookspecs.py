@@ -57,10 +57,12 @@ class HeadedModel:
     Attributes:
         model: The backbone.
         heads: An `autodeco.heads.modules.DecodingHeads`, or a plugin's own module.
+        checkpoint: Name of the training checkpoint that they are from; None while they train.
     """
 
     model: BuiltModel
     heads: Any
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)

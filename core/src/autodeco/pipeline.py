@@ -20,6 +20,7 @@ from autodeco.job import Job
 from autodeco.registry import Registry, Resolution
 from autodeco.run_directory import STAGES, RunDirectory, open_run, rank, record_job, world_size
 
+_AFTER_TRAINING = frozenset({"export", "merge", "evaluate"})
 _NEEDS_MODEL = frozenset({"build", "attach", "train", "evaluate"})
 
 
@@ -79,7 +80,8 @@ def run_job(
     Args:
         job: The job; plugin and preset may still be open.
         registry: Where the plugin is found.
-        stages: Which of `STAGES`; all by default. What they need is made on the way.
+        stages: Which of `STAGES`; all by default. Stages after the training, asked for without
+            it, are done again in the newest trained run of this job.
         console: Where progress goes.
         provenance: Field -> where its value came from; printed and recorded.
 
@@ -120,6 +122,7 @@ class _Run:
         self.hooks = resolution.hooks()
         self.console = console
         self.wanted = wanted
+        self.again = _AFTER_TRAINING.issuperset(wanted)
         self.state = _State()
         self.provenance = provenance
         self.inputs: Inputs
@@ -151,7 +154,7 @@ class _Run:
 
     def _open(self, digest: str, digests: Mapping[str, str], allow: frozenset[str]) -> RunDirectory:
         if rank() == 0:
-            directory, remarks = open_run(self.job, digest, digests, allow)
+            directory, remarks = open_run(self.job, digest, digests, allow, trained=self.again)
             for remark in remarks:
                 self.console.print(remark, highlight=False)
             chosen = [str(directory.path), directory.resumed]
@@ -175,6 +178,8 @@ class _Run:
     def _stage(self, stage: str) -> None:
         body = getattr(self, f"_{stage}")
         memory_only = stage in ("build", "attach")
+        if self.again and rank() == 0:
+            self.directory.manifest(stage).unlink(missing_ok=True)
         if self.directory.done(stage) and not memory_only:
             self.console.print(f"{stage}: done before, skipped", highlight=False)
             self._report(stage, self.directory.read_manifest(stage).get("made", ""), 0.0)
@@ -270,7 +275,7 @@ class _Run:
         target = self.directory.path / "heads"
         _remove(target)
         artifact = self.hooks.export_heads(
-            job=self.job, model=HeadedModel(model, heads), path=target
+            job=self.job, model=HeadedModel(model, heads, checkpoint.name), path=target
         )
         return f"{artifact.path} from {checkpoint.name}", {"checkpoint": checkpoint.name}
 

@@ -75,5 +75,7 @@ class FamilyPlugin:
         from autodeco.heads.files import save_heads
 
         metadata = heads_metadata(job, self.family.id, model.model.weights.path)
+        if model.checkpoint is not None:
+            metadata["checkpoint"] = model.checkpoint
         saved = save_heads(path, model.heads, metadata=metadata, dtype=job.save_dtype)
         return HeadsArtifact(saved)

@@ -77,7 +77,12 @@ def versions() -> dict[str, str]:
 
 
 def open_run(
-    job: Job, digest: str, inputs: Mapping[str, str], allow: frozenset[str]
+    job: Job,
+    digest: str,
+    inputs: Mapping[str, str],
+    allow: frozenset[str],
+    *,
+    trained: bool = False,
 ) -> tuple[RunDirectory, list[str]]:
     """Begins a run, or finds the one to continue.
 
@@ -86,12 +91,15 @@ def open_run(
         digest: Its hash.
         inputs: Digests of what it reads.
         allow: Fields that may differ from the resumed run's.
+        trained: Look for the newest run of this job whose training is done, finished or not, and
+            begin none.
 
     Returns:
         The run directory, and remarks for the user.
 
     Raises:
-        RunError: ``--resume PATH`` names no run, or one of another job; the message has the diff.
+        RunError: No run of this job is trained; ``--resume PATH`` names no run, or one of another
+            job: the message has the difference.
         EnvironmentProblem: The directory cannot be written.
     """
     base = job.out / (job.name or "run")
@@ -100,6 +108,8 @@ def open_run(
     if job.resume not in ("auto", "new"):
         found = Path(job.resume)
         _check_same(found, job, digest, inputs, allow)
+    elif trained:
+        found = _newest_trained(base, digest)
     elif job.resume == "auto":
         found, remarks = _newest_unfinished(base, digest)
     path = found or _new_directory(base)
@@ -137,6 +147,18 @@ def _new_directory(base: Path) -> Path:
         path = base / f"{stamp}-{number}"
         number += 1
     return path
+
+
+def _newest_trained(base: Path, digest: str) -> Path:
+    for path in sorted((p for p in base.glob("*") if (p / JOB_FILE).exists()), reverse=True):
+        same = read_json(path / JOB_FILE).get(_HASH) == digest
+        if same and RunDirectory(path, True).done("train"):
+            return path
+    raise RunError(
+        "no run of this job is trained",
+        where=str(base),
+        fix="train first with the same options, or name a run with --resume PATH",
+    )
 
 
 def _newest_unfinished(base: Path, digest: str) -> tuple[Path | None, list[str]]:

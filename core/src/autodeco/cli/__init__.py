@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits; see `autodeco.errors.EXIT_CODES`."""
     given = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in given
+    if not sys.stderr.isatty():  # bars of transformers and of the hub are for a terminal
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         cli.main(args=given, prog_name="autodeco", standalone_mode=False)
     except click.ClickException as error:

@@ -1,43 +1,86 @@
-"""``run``, and its stages alone; all take the same options."""
+"""``run``, and its stages alone; all take the same options.
+
+``export``, ``merge`` and ``evaluate`` work on the run of their job; with ``--output`` they work on
+paths instead, without a run or a plugin.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from autodeco.cli import paths
 from autodeco.cli.options import given, job_options
 
+_PATH = click.Path(path_type=Path)
 _STAGES = {
     "run": (None, "Go the whole way: import, build, attach, train, export, merge, evaluate."),
     "import": (("import",), "Check a checkpoint against its plugin's weight map."),
     "train": (("import", "build", "attach", "train"), "Train the heads."),
+    "export": (("export",), "Write the heads of a checkpoint as a heads directory."),
+    "merge": (("merge",), "Join base and heads in one directory, without copying the base."),
+    "evaluate": (("evaluate",), "Measure accuracy and entropy: baselines, heads over their dial."),
+}
+_EXAMPLES = {
+    "export": "--input runs/NAME/TIME --output my-heads --checkpoint last",
+    "merge": "--model DIR --heads-dir my-heads --output merged",
+    "evaluate": "--model merged --problems test.jsonl --output report",
+}
+_ON_PATHS: dict[str, Callable[..., Any]] = {
+    "export": paths.export,
+    "merge": paths.merge,
+    "evaluate": paths.evaluate,
+}
+_PATH_OPTIONS = {
+    "export": {"input": "A run, its checkpoints, or one of them."},
+    "merge": {"heads_dir": "The heads (directory or file) to merge into --model."},
+    "evaluate": {"heads_dir": "The heads, when --model is a base checkpoint."},
 }
 
 
 def add_stage_commands(group: click.Group) -> None:
-    """Adds ``run``, ``import`` and ``train``."""
+    """Adds ``run`` and the stages."""
     for name, (stages, text) in _STAGES.items():
         group.add_command(_stage_command(name, stages, text))
 
 
 def _stage_command(name: str, stages: tuple[str, ...] | None, text: str) -> click.Command:
     example = f"autodeco {name} --plugin FAMILY --model DIR --data train.jsonl --out runs"
+    if name in _EXAMPLES:
+        example += (
+            "\n\nOn paths, without a run or a plugin:\n\n"
+            f"Example: autodeco {name} {_EXAMPLES[name]}"
+        )
 
     @click.command(name, help=f"{text}\n\nExample: {example}")
     @click.option(
         "--config",
-        type=click.Path(path_type=Path),
+        type=_PATH,
         help="YAML, TOML or JSON file of these options; a run's job.json is one.",
     )
     @click.option("--dry-run", is_flag=True, help="Print the resolved job and do nothing.")
     @click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
     @job_options
     def command(config: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
-        run_stages(stages, config, dry_run, as_json, given(options))
+        on_paths = {key: options.pop(key, None) for key in ("output", *_PATH_OPTIONS.get(name, ()))}
+        if any(value is not None for value in on_paths.values()):
+            if config is not None or dry_run:
+                raise click.UsageError("--config and --dry-run are for a job, not for --output")
+            _ON_PATHS[name](given(options), as_json, **on_paths)
+        else:
+            run_stages(stages, config, dry_run, as_json, given(options))
 
+    if name in _ON_PATHS:
+        command.params += [
+            click.Option(["--" + key.replace("_", "-")], type=_PATH, help=f"{text} [paths]")
+            for key, text in _PATH_OPTIONS[name].items()
+        ]
+        text = "Work on paths and write this directory. [paths]"
+        command.params.append(click.Option(["--output"], type=_PATH, help=text))
     return command
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from autodeco.decoding.evaluation import Problem, load_problems, problem_prompts
 from autodeco.decoding.stage import EvaluationOutcome, evaluate_and_report
 from autodeco.decoding.terminal import coloured_tokens, legend
 from autodeco.engines.select import choose_device, choose_dtype
-from autodeco.errors import EnvironmentProblem
-from autodeco.files import make_directory
-from autodeco.heads.files import load_heads
+from autodeco.errors import WeightsError
+from autodeco.files import make_directory, read_json
+from autodeco.heads.files import CONFIG_FILE
 from autodeco.heads.modules import DecodingHeads
 from autodeco.training.tokenization import eos_token_ids, load_tokenizer
 
@@ -114,33 +115,24 @@ def evaluate_checkpoint(
     heads: Path | None,
     problems: Path,
     output: Path,
+    console: Console,
     limit: int,
     samples: int,
     max_new_tokens: int,
     seed: int,
-    device: str,
-    console: Console,
+    device: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> EvaluationOutcome:
     """Evaluates a merged checkpoint, or a base checkpoint with or without heads.
 
     Raises:
         WeightsError, DataError: The checkpoint, its heads or the problems cannot be used.
     """
-    from transformers import AutoModelForCausalLM
-
-    chosen = choose_device(device)
-    found = _heads_of(model, heads)
-    dtype = choose_dtype("auto", model, chosen)
-    try:
-        base = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise EnvironmentProblem(
-            f"transformers cannot load the model: {error}", where=str(model), fix="check --model"
-        ) from error
+    loaded, found = _load_for_evaluation(model, heads, device)
     tokenizer = load_tokenizer(model)
     return evaluate_and_report(
-        base.eval().to(chosen),
-        found.to(chosen) if found is not None else None,
+        loaded,
+        found,
         tokenizer,
         load_problems(problems, limit=limit),
         make_directory(output),
@@ -151,10 +143,29 @@ def evaluate_checkpoint(
         samples=samples,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        chat_template_kwargs=chat_template_kwargs,
     )
 
 
-def _heads_of(model: Path, heads: Path | None) -> DecodingHeads | None:
-    if heads is not None:
-        return load_heads(heads).heads
-    return load_heads(model).heads if (model / "autodeco").is_dir() else None
+def _load_for_evaluation(
+    model: Path, heads: Path | None, device: str
+) -> tuple[Any, DecodingHeads | None]:
+    if heads is not None or _is_merged(model):
+        loaded, _ = _load(model, heads, device)
+        return loaded, loaded.autodeco_heads
+    from transformers import AutoModelForCausalLM
+
+    chosen = choose_device(device)
+    dtype = choose_dtype("auto", model, chosen)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"transformers cannot load the model: {error}", where=str(model), fix="check --model"
+        ) from error
+    return base.eval().to(chosen), None
+
+
+def _is_merged(model: Path) -> bool:
+    config = model / CONFIG_FILE
+    return config.is_file() and "autodeco" in read_json(config)

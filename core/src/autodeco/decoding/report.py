@@ -92,7 +92,8 @@ def _explanation(result: EvaluationResult) -> str:
         "temperature buys accuracy with entropy for anybody, so settings are compared at equal "
         "entropy: &ldquo;vs curve&rdquo; is accuracy minus that of the best static settings "
         "at the same entropy, chosen on one half of the problems and judged on the other, both "
-        "ways round, with a paired bootstrap 95 % interval (* beyond the curve's range).</p>"
+        "ways round, with a paired bootstrap 95 % interval (* beyond the curve's range). The best "
+        "static setting is chosen on one half of the problems and judged on the other.</p>"
     )
 
 

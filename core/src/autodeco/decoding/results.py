@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from autodeco.decoding.policy import DecodingPolicy
@@ -226,34 +227,47 @@ def _against(heads: SettingResult, shift: SettingResult, seed: int, resamples: i
     return text + "."
 
 
-def evaluation_table(result: EvaluationResult) -> Table:
-    """All settings as a table for the screen, the verdict below it."""
-    answers = f"{result.problems} problems, {result.samples} sample(s) each, seed {result.seed}"
-    table = Table(title=f"Evaluation: {answers}", caption="\n".join(result.verdict))
-    table.caption_justify = "left"
-    table.add_column("setting", no_wrap=True)
-    for name in COLUMNS[1:]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for setting in result.settings:
-        table.add_row(*table_row(setting), style="bold" if setting.role == HEADS else None)
-    best = result.best_static
-    if best is not None:
-        table.add_section()
-        table.add_row(*best_static_row(best), style="italic")
-    return table
-
-
 COLUMNS = (
     "setting",
     "pass@1",
     "95 %",
-    "nats/answer",
-    "vs curve",
+    "nats",
+    "vs curve, points",
     "T",
     "P",
     "tokens",
     "cut",
 )
+_ON_SCREEN = 5  # of COLUMNS: what fits in 80 characters
+
+
+def evaluation_table(result: EvaluationResult) -> Table:
+    """All settings as a table for the screen, the verdict below it.
+
+    A terminal of 80 characters shows the first columns; the report shows all of them.
+    """
+    answers = f"{result.problems} problems, {result.samples} sample(s) each, seed {result.seed}"
+    table = Table(
+        title=f"Evaluation: {answers}",
+        caption="\n".join(result.verdict),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column(COLUMNS[0], overflow="ellipsis", no_wrap=True)
+    for name in COLUMNS[1:_ON_SCREEN]:
+        width = len("0.000-0.000") if name == "95 %" else len(name)
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    for setting in result.settings:
+        row = table_row(setting)[:_ON_SCREEN]
+        table.add_row(*row, style="bold" if setting.role == HEADS else None)
+    best = result.best_static
+    if best is not None:
+        table.add_section()
+        table.add_row(*best_static_row(best)[:_ON_SCREEN], style="italic")
+    return table
 
 
 def table_row(setting: SettingResult) -> list[str]:
@@ -262,12 +276,13 @@ def table_row(setting: SettingResult) -> list[str]:
     difference = ""
     if compared is not None:
         d = compared.accuracy
-        difference = f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{'' if d.within else ' *'}"
+        interval = f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+        difference = f"{100 * d.value:+.1f} {interval}{'' if d.within else ' *'}"
     return [
         setting.name,
         f"{setting.accuracy:.3f}",
         f"{setting.low:.3f}-{setting.high:.3f}",
-        f"{setting.entropy:.2f}",
+        f"{setting.entropy:.1f}",
         difference,
         "" if setting.temperature is None else f"{setting.temperature:.3f}",
         "" if setting.top_p is None else f"{setting.top_p:.3f}",
@@ -279,9 +294,9 @@ def table_row(setting: SettingResult) -> list[str]:
 def best_static_row(best: BestStatic) -> list[str]:
     """The cells of the best static setting, judged on the half it was not chosen on."""
     return [
-        f"best static, other half: {best.name}",
+        f"best static ({best.name})",
         f"{best.accuracy:.3f}",
         f"{best.low:.3f}-{best.high:.3f}",
-        f"{best.entropy:.2f}",
+        f"{best.entropy:.1f}",
         *[""] * 5,
     ]

@@ -25,11 +25,11 @@ def vendor_policy(generation_config: Mapping[str, Any] | None) -> DecodingPolicy
         return None
     temperature = 1.0 if config.get("temperature") is None else float(config["temperature"])
     if config.get("do_sample") is False or temperature == 0:
-        return DecodingPolicy("vendor default (greedy)", "greedy")
+        return DecodingPolicy("vendor (greedy)", "greedy")
     top_p = 1.0 if config.get("top_p") is None else float(config["top_p"])
     top_k = 50 if config.get("top_k") is None else max(0, int(config["top_k"]))
     min_p = 0.0 if config.get("min_p") is None else float(config["min_p"])
-    name = f"vendor default ({static_name(temperature, top_p, min_p, top_k)})"
+    name = f"vendor ({static_name(temperature, top_p, min_p, top_k)})"
     return DecodingPolicy(name, "static", temperature, top_p, top_k, min_p)
 
 

@@ -14,7 +14,9 @@ from autodeco.decoding.evaluation import EvaluationResult, Problem, evaluate
 from autodeco.decoding.report import write_report
 from autodeco.decoding.results import evaluation_table
 from autodeco.files import atomic_write_json, read_json
+from autodeco.heads.files import CONFIG_FILE
 from autodeco.heads.modules import DecodingHeads
+from autodeco.heads.places import GENERATION_FILE
 from autodeco.training.logging import METRICS, read_metrics
 
 
@@ -62,8 +64,7 @@ def evaluate_and_report(
         console: Progress goes here.
         **options: See `autodeco.decoding.evaluation.evaluate`.
     """
-    generation = base / "generation_config.json"
-    vendor = read_json(generation) if generation.exists() else None
+    vendor = vendor_generation_config(base)
     with _progress(console) as bar:
         task = bar.add_task("answers", total=None)
         result: EvaluationResult = evaluate(
@@ -87,6 +88,24 @@ def evaluate_and_report(
         tokenizer=tokenizer,
     )
     return EvaluationOutcome(report, " ".join(result.verdict), evaluation_table(result), plain)
+
+
+def vendor_generation_config(directory: Path) -> dict[str, Any] | None:
+    """The vendor's generation_config: merging keeps its sampling values in config.json.
+
+    Args:
+        directory: A base checkpoint, or a merged one of either layout.
+
+    Returns:
+        The values, None where the vendor gave no such file.
+    """
+    config = directory / CONFIG_FILE
+    merged = read_json(config).get("autodeco") if config.exists() else None
+    if merged is not None and "generation_config" in merged:
+        kept = merged["generation_config"]
+        return None if kept is None else dict(kept)
+    generation = directory / GENERATION_FILE
+    return dict(read_json(generation)) if generation.exists() else None
 
 
 def _progress(console: Console) -> Progress:
