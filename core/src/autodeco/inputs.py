@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from autodeco import stories
 from autodeco.errors import PluginError
@@ -98,11 +99,17 @@ class Inputs:
             )
             tokens = sum(int(sample.predict.sum()) for sample in loaded.samples)
             console.print(
-                f"  {path}: {len(loaded.samples):,} samples, {tokens:,} tokens to learn from",
+                f"  {escape(str(path))}: {len(loaded.samples):,} samples, {tokens:,} tokens to learn from",
                 highlight=False,
             )
             for reason, count in loaded.dropped.items():
                 console.print(f"  [yellow]{count} samples dropped: {reason}[/]", highlight=False)
+            if loaded.skipped_turns:
+                console.print(
+                    f"  [yellow]{loaded.skipped_turns} earlier assistant turns are context only: "
+                    "the chat template rewrites them once the chat goes on[/]",
+                    highlight=False,
+                )
             return loaded
 
         train = load(job.data)

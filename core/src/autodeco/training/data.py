@@ -52,11 +52,14 @@ class SampleSet:
         samples: In the order of the file.
         dropped: Reason -> how many were left out.
         path: The file.
+        skipped_turns: Assistant turns in chats that are context only, as the template rewrites
+            them once the chat goes on.
     """
 
     samples: tuple[Sample, ...]
     dropped: Mapping[str, int]
     path: Path
+    skipped_turns: int = 0
 
 
 def file_digest(path: Path) -> str:
@@ -103,13 +106,19 @@ def _parse(raw: bytes, where: str) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         column = getattr(error, "colno", 1)
         raise DataError(
             f"malformed JSON: {error}",
             where=f"{where}:{column}",
             fix="write one JSON object a line",
         ) from error
+    if "\\u" in text and _has_half_character(record):
+        raise DataError(
+            "the text holds half a character (a \\ud800..\\udfff escape without its pair)",
+            where=where,
+            fix="write the whole character, or remove it",
+        )
     if not isinstance(record, dict):
         raise DataError(
             f"the line holds a {type(record).__name__}, not an object",
@@ -117,6 +126,15 @@ def _parse(raw: bytes, where: str) -> dict[str, Any] | None:
             fix="write one JSON object a line",
         )
     return record
+
+
+def _has_half_character(record: Any) -> bool:
+    """Whether a text in it cannot be encoded, so that no tokenizer takes it."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def load_samples(
@@ -147,6 +165,7 @@ def load_samples(
     check_tokenizer(tokenizer, vocab_size)
     samples: list[Sample] = []
     dropped: Counter[str] = Counter()
+    skipped = 0
     for number, record in read_records(path):
         where = f"{path}:{number}"
         try:
@@ -165,13 +184,14 @@ def load_samples(
             continue
         ids = np.asarray(tokenized.ids, dtype=np.int32)
         samples.append(Sample(number - 1, ids, predict, number))
+        skipped += tokenized.skipped_turns
     if not samples:
         raise DataError(
             "no sample is left" + (f": {dict(dropped)}" if dropped else ": the file is empty"),
             where=str(path),
             fix="check the file and --max-length",
         )
-    return SampleSet(tuple(samples), dict(dropped), path)
+    return SampleSet(tuple(samples), dict(dropped), path, skipped)
 
 
 def _tokenize(
@@ -260,4 +280,5 @@ def split_held_out(samples: SampleSet, fraction: float, seed: int) -> tuple[Samp
     chosen = set(draws.argsort(stable=True)[:held].tolist())
     inside = tuple(s for i, s in enumerate(samples.samples) if i in chosen)
     outside = tuple(s for i, s in enumerate(samples.samples) if i not in chosen)
-    return replace(samples, samples=outside), replace(samples, samples=inside, dropped={})
+    held_out = replace(samples, samples=inside, dropped={}, skipped_turns=0)
+    return replace(samples, samples=outside), held_out

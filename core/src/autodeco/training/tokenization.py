@@ -18,10 +18,13 @@ class Tokenized:
     Attributes:
         ids: Token ids.
         learned: For each token, whether its prediction is in the loss.
+        skipped_turns: Assistant turns that are context only, as the template takes parts of them
+            out once the chat goes on.
     """
 
     ids: Sequence[int]
     learned: Sequence[bool]
+    skipped_turns: int = 0
 
     @classmethod
     def of(cls, prompt: Sequence[int], completion: Sequence[int], eos: Sequence[int]) -> Tokenized:
@@ -51,7 +54,7 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(model), local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
@@ -60,6 +63,14 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> Any:
             where=str(model),
             fix="put the tokenizer's files beside the checkpoint's",
         ) from error
+    # Where only config.json lies, transformers makes up a tokenizer that knows no text.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise DataError(
+            "there is no tokenizer beside the checkpoint: it has special tokens only",
+            where=str(model),
+            fix="put the tokenizer's files beside the checkpoint's",
+        )
+    return tokenizer
 
 
 def eos_token_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -136,9 +147,10 @@ def tokenize_chat(
     """Renders a chat with the tokenizer's own template; only assistant tokens are learned.
 
     A template that marks generation is believed. Otherwise each assistant turn begins where the
-    template, asked to prompt for it, ends, and it ends with the turn; a template under which that
-    is not a prefix of the whole (some take the thoughts out of earlier turns) is learned from
-    in its last turn alone.
+    template, asked to prompt for it, ends, and it ends with the turn; there the text is cut and
+    the parts are tokenized apart, as generation does. A turn under which that is not a prefix of
+    the whole (some templates take the thoughts out of earlier turns) is no answer that the model
+    would give: it is context, and counted in `Tokenized.skipped_turns`.
 
     Raises:
         DataError: No template, malformed messages, no assistant turn at the end, or a template
@@ -151,52 +163,71 @@ def tokenize_chat(
             fix='give {"prompt", "completion"} with the text as the model expects it',
         )
 
-    def render(part: Sequence[Any], prompt: bool) -> list[int]:
+    def render(part: Sequence[Any], prompt: bool) -> str:
         try:
-            text = tokenizer.apply_chat_template(
-                list(part),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **template_kwargs,
+            return str(
+                tokenizer.apply_chat_template(
+                    list(part),
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **template_kwargs,
+                )
             )
         except Exception as error:  # a template may raise anything
             raise DataError(
                 f"the chat template refuses the messages: {error}",
                 fix="check roles and --chat-template-kwargs",
             ) from error
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     whole = render(messages, False)
-    learned = _generation_mask(tokenizer, messages, tools, template_kwargs, whole)
-    if learned is None:
-        learned = [False] * len(whole)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for turn in turns:
-            before, after = render(messages[:turn], True), render(messages[: turn + 1], False)
-            if whole[: len(before)] == before and whole[: len(after)] == after:
-                end = _turn_end(whole, len(before), len(after), eos)
-                learned[len(before) : end] = [True] * (end - len(before))
-            elif turn == turns[-1]:
-                raise DataError(
-                    "the chat template renders the last turn differently once it is answered, so "
-                    "the assistant's tokens cannot be told apart",
-                    fix="use a template with {% generation %} marks, or prompt and completion",
-                )
-    return Tokenized(whole, learned)
+    marked = _generation_mask(tokenizer, messages, tools, template_kwargs, whole)
+    if marked is not None:
+        return marked
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers: list[tuple[int, int]] = []
+    for turn in turns:
+        before, after = render(messages[:turn], True), render(messages[: turn + 1], False)
+        if after.startswith(before) and whole.startswith(after):
+            answers.append((len(before), len(after)))
+        elif turn == turns[-1]:
+            raise DataError(
+                "the chat template renders the last turn differently once it is answered, so "
+                "the assistant's tokens cannot be told apart",
+                fix="use a template with {% generation %} marks, or prompt and completion",
+            )
+    return _tokenize_answers(tokenizer, whole, answers, len(turns) - len(answers), eos)
 
 
-def _turn_end(ids: Sequence[int], start: int, end: int, eos: Sequence[int]) -> int:
+def _tokenize_answers(
+    tokenizer: Any, text: str, answers: Sequence[tuple[int, int]], skipped: int, eos: Sequence[int]
+) -> Tokenized:
+    """Tokenizes a chat in pieces, cut where answers begin and end (characters of `text`)."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    done = 0
+    for start, end in answers:
+        context = tokenizer(text[done:start], add_special_tokens=False)["input_ids"]
+        answer = tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+        count = _turn_end(answer, eos)
+        ids += [*context, *answer]
+        learned += [False] * len(context) + [i < count for i in range(len(answer))]
+        done = end
+    rest = tokenizer(text[done:], add_special_tokens=False)["input_ids"] if text[done:] else []
+    return Tokenized([*ids, *rest], [*learned, *[False] * len(rest)], skipped)
+
+
+def _turn_end(ids: Sequence[int], eos: Sequence[int]) -> int:
     """Leaves out what a template writes after the end-of-turn token (a newline, mostly)."""
-    for index in range(end - 1, start - 1, -1):
+    for index in range(len(ids) - 1, -1, -1):
         if ids[index] in eos:
             return index + 1
-    return end
+    return len(ids)
 
 
 def _generation_mask(
-    tokenizer: Any, messages: Any, tools: Any, kwargs: Mapping[str, Any], whole: Sequence[int]
-) -> list[bool] | None:
+    tokenizer: Any, messages: Any, tools: Any, kwargs: Mapping[str, Any], whole: str
+) -> Tokenized | None:
     if "{% generation" not in str(tokenizer.chat_template).replace("{%-", "{%"):
         return None
     rendered = tokenizer.apply_chat_template(
@@ -207,12 +238,13 @@ def _generation_mask(
         return_assistant_tokens_mask=True,
         **kwargs,
     )
-    if list(rendered["input_ids"]) != list(whole):
+    ids = list(rendered["input_ids"])
+    if ids != list(tokenizer(whole, add_special_tokens=False)["input_ids"]):
         raise DataError(
             "the chat template renders text and ids differently",
             fix="give prompt and completion instead of messages",
         )
-    return [bool(m) for m in rendered["assistant_masks"]]
+    return Tokenized(ids, [bool(m) for m in rendered["assistant_masks"]])
 
 
 def _check_messages(messages: Any) -> None:
@@ -222,6 +254,13 @@ def _check_messages(messages: Any) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(
                 f"message {index} has no role", fix='write {"role": ..., "content": ...}'
+            )
+        content = message.get("content")
+        if not isinstance(content, (str, list)) and not message.get("tool_calls"):
+            raise DataError(
+                f"message {index} ({message['role']}) has "
+                + ("no content" if content is None else f"a {type(content).__name__} as content"),
+                fix='write {"role": ..., "content": "the text"}',
             )
     last = messages[-1]
     if last["role"] != "assistant":
