@@ -22,7 +22,7 @@ PARTIAL_SUFFIX = ".partial"
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of a file
 
 
-def _problem(error: OSError, path: Path) -> EnvironmentProblem:
+def _problem(error: OSError, path: Path, what: str = "write") -> EnvironmentProblem:
     fixes = {
         errno.ENOSPC: "free some space, or choose another directory with --out; then run again",
         errno.EDQUOT: "your quota is used up: free some space, then run again",
@@ -31,7 +31,7 @@ def _problem(error: OSError, path: Path) -> EnvironmentProblem:
         errno.EROFS: "the filesystem is read-only: choose another directory with --out",
     }
     return EnvironmentProblem(
-        f"cannot write: {error.strerror or error}",
+        f"cannot {what}: {error.strerror or error}",
         where=str(path),
         fix=fixes.get(error.errno or 0, "check the disk, then run the same command again"),
     )
@@ -118,7 +118,11 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         if final.exists():
             retired = _temporary(final)
             final.rename(retired)
-            temporary.rename(final)
+            try:
+                temporary.rename(final)
+            except OSError:
+                retired.rename(final)
+                raise
             shutil.rmtree(retired, ignore_errors=True)
         else:
             temporary.rename(final)
@@ -140,14 +144,41 @@ def sync_tree(directory: Path) -> None:
 
 
 def remove_partial(directory: Path) -> list[Path]:
-    """Removes what earlier, killed writers left in `directory`; returns what was removed."""
+    """Removes what earlier, killed writers left in `directory`; returns what was removed.
+
+    Raises:
+        EnvironmentProblem: Something cannot be removed.
+    """
     left = [path for path in directory.glob(f".*{PARTIAL_SUFFIX}") if directory.is_dir()]
     for path in left:
+        _delete(path)
+    return left
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory, if it is there; a directory disappears in one step.
+
+    Raises:
+        EnvironmentProblem: It cannot be removed.
+    """
+    try:
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            retired = _temporary(path)
+            path.rename(retired)
+            path = retired
+    except OSError as error:
+        raise _problem(error, path, "remove") from error
+    _delete(path)
+
+
+def _delete(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return left
+    except OSError as error:
+        raise _problem(error, path, "remove") from error
 
 
 def link_or_copy(source: Path, target: Path) -> Literal["hardlink", "reflink", "copy"]:

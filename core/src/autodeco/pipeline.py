@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from autodeco.errors import AutodecoError, UsageError
+from autodeco.files import remove
 from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
 from autodeco.inputs import Inputs, prepare_inputs
 from autodeco.job import Job
@@ -58,12 +60,12 @@ class RunSummary:
 
     def table(self) -> Table:
         """Returns the summary for people."""
-        table = Table(title=f"run {self.path}", title_justify="left")
+        table = Table(title=escape(f"run {self.path}"), title_justify="left")
         table.add_column("stage")
         table.add_column("made", overflow="fold")
         table.add_column("seconds", justify="right")
         for stage, made, seconds in self.rows:
-            table.add_row(stage, made, f"{seconds:.1f}")
+            table.add_row(stage, escape(made), f"{seconds:.1f}")
         return table
 
 
@@ -140,7 +142,9 @@ class _Run:
         try:
             if rank() == 0:
                 for left in record_job(self.directory, self.job, digest, digests):
-                    self.console.print(f"removed {left}, of an interrupted run", highlight=False)
+                    self.console.print(
+                        escape(f"removed {left}, of an interrupted run"), highlight=False
+                    )
             self.inputs = prepare_inputs(self.job, self.resolution, self.directory.path)
             self.job = self.inputs.job
             self.digest = digest
@@ -156,7 +160,7 @@ class _Run:
         if rank() == 0:
             directory, remarks = open_run(self.job, digest, digests, allow, trained=self.again)
             for remark in remarks:
-                self.console.print(remark, highlight=False)
+                self.console.print(escape(remark), highlight=False)
             chosen = [str(directory.path), directory.resumed]
         else:
             chosen = [None, None]
@@ -170,16 +174,16 @@ class _Run:
         family, preset = self.resolution.family, self.resolution.preset
         self.console.print(
             f"[bold]autodeco[/bold] {family.title}, preset {preset.name} "
-            f"({self.resolution.reason}), model {self.job.model}",
+            f"({self.resolution.reason}), model {escape(str(self.job.model))}",
             highlight=False,
         )
-        self.console.print(f"run directory {self.directory.path}", highlight=False)
+        self.console.print(escape(f"run directory {self.directory.path}"), highlight=False)
 
     def _stage(self, stage: str) -> None:
         body = getattr(self, f"_{stage}")
         memory_only = stage in ("build", "attach")
         if self.again and rank() == 0:
-            self.directory.manifest(stage).unlink(missing_ok=True)
+            remove(self.directory.manifest(stage))
         if self.directory.done(stage) and not memory_only:
             self.console.print(f"{stage}: done before, skipped", highlight=False)
             self._report(stage, self.directory.read_manifest(stage).get("made", ""), 0.0)
@@ -227,7 +231,7 @@ class _Run:
         count = len(weights.weight_map.source_sizes())
         dropped = dict(weights.weight_map.dropped)
         for name, reason in sorted(dropped.items())[:3]:
-            self.console.print(f"  dropped {name}: {reason}", highlight=False)
+            self.console.print(escape(f"  dropped {name}: {reason}"), highlight=False)
         made = f"{count} tensors mapped, {len(dropped)} dropped, format {weights.format}"
         return made, {"format": weights.format, "dropped": dropped, "path": str(weights.path)}
 
@@ -273,7 +277,7 @@ class _Run:
         heads = load_heads(checkpoint).heads
         model = self.state.model or BuiltModel(None, self._imported())
         target = self.directory.path / "heads"
-        _remove(target)
+        remove(target)
         artifact = self.hooks.export_heads(
             job=self.job, model=HeadedModel(model, heads, checkpoint.name), path=target
         )
@@ -286,7 +290,7 @@ class _Run:
             self.console.print("  --merge none: nothing is merged", highlight=False)
             return "nothing (--merge none)", {}
         target = self.directory.path / "merged"
-        _remove(target)
+        remove(target)
         report = merge(
             self._imported().path,
             self.directory.path / "heads",
@@ -337,14 +341,6 @@ class _Run:
             json.loads(results.read_text()) if results.exists() else None,
             outcome.table if outcome else None,
         )
-
-
-def _remove(path: Path) -> None:
-    """Clears what a stage left whose manifest was never written."""
-    import shutil
-
-    if path.exists():
-        shutil.rmtree(path)
 
 
 def _join_processes(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autodeco.errors import RunError
-from autodeco.files import atomic_write_json, make_directory, read_json, remove_partial
+from autodeco.files import atomic_write_json, make_directory, read_json, remove, remove_partial
 from autodeco.job import Job
 
 JOB_FILE = "job.json"
@@ -112,6 +113,8 @@ def open_run(
         found = _newest_trained(base, digest)
     elif job.resume == "auto":
         found, remarks = _newest_unfinished(base, digest)
+    if found is None:
+        remarks += _clear_never_begun(base)
     path = found or _new_directory(base)
     for folder in (path, path / "stages", path / "checkpoints"):
         make_directory(folder)
@@ -127,7 +130,7 @@ def record_job(
         The names of what was cleared.
     """
     path = directory.path
-    folders = (path, path / "stages", path / "checkpoints")
+    folders = (path, path / "stages", path / "checkpoints", path / "data")
     left = [partial.name for folder in folders for partial in remove_partial(folder)]
     content = {**job.to_json(), _HASH: digest, _INPUTS: dict(inputs), "resume": "auto"}
     atomic_write_json(path / JOB_FILE, content)
@@ -147,6 +150,23 @@ def _new_directory(base: Path) -> Path:
         path = base / f"{stamp}-{number}"
         number += 1
     return path
+
+
+def _clear_never_begun(base: Path) -> list[str]:
+    """Removes directories of runs that were killed before ``job.json``; returns remarks."""
+    from autodeco.training.lock import LOCK_FILE, run_lock
+
+    remarks = []
+    for path in sorted(p.parent for p in base.glob(f"*/{LOCK_FILE}")):
+        if (path / JOB_FILE).exists():
+            continue
+        with contextlib.suppress(RunError):  # it is beginning just now
+            lock = run_lock(path)
+            remove(path)
+            lock.release()
+            remarks.append(f"removed {path}, of a run that was killed at its beginning")
+    remove_partial(base)
+    return remarks
 
 
 def _newest_trained(base: Path, digest: str) -> Path:

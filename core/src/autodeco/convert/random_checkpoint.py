@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from autodeco.errors import EnvironmentProblem
 from autodeco.family import FamilySpec, ModelPreset
 from autodeco.files import atomic_directory
 
@@ -50,7 +52,14 @@ def write_random_checkpoint(
     config = family.architecture(preset.architecture).config_json(preset.shape)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     with atomic_directory(directory) as temporary:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # it hides the system's error
+            raise EnvironmentProblem(
+                f"cannot write: {error}",
+                where=str(directory),
+                fix="free some space, or choose another directory with --out; then run again",
+            ) from error
         if tokenizer is not None:
             for pattern in _TOKENIZER_FILES:
                 for path in tokenizer.glob(pattern):

@@ -15,6 +15,7 @@ from typing import Any
 
 from autodeco.errors import UsageError, WeightsError
 from autodeco.files import (
+    PARTIAL_SUFFIX,
     atomic_directory,
     atomic_write_json,
     read_json,
@@ -118,8 +119,10 @@ def merge(
         )
     tally = Tally()
     with (
-        tempfile.TemporaryDirectory(prefix="autodeco-heads-") as scratch,
         atomic_directory(output) as temporary,
+        tempfile.TemporaryDirectory(
+            prefix=".heads.", suffix=PARTIAL_SUFFIX, dir=output.parent
+        ) as scratch,
     ):
         directory = _heads_directory(loaded, base, Path(scratch) / "heads")
         if layout == "native":

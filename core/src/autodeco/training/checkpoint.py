@@ -34,6 +34,7 @@ HEADS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 CONFIG = "config.json"
 STATE = "state.json"
+_FIX = "choose another with --checkpoint STEP, or train again: training takes the one before"
 
 
 @dataclass(frozen=True)
@@ -128,17 +129,23 @@ def load_state(path: Path) -> TrainingState:
         WeightsError: It is torn: a file is missing, cut short or changed.
     """
     try:
-        content = dict(read_json(path / STATE))
-        if content.pop("own_sha256") != _digest(content):
-            raise WeightsError("the file is damaged", where=str(path / STATE))
-        hashes = content.pop("sha256")
-        for name in (HEADS, OPTIMIZER, CONFIG):
-            with (path / name).open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != hashes[name]:
-                    raise WeightsError(f"{name} is damaged", where=str(path / name))
-        return TrainingState(**content)
+        return _verified(path)
+    except WeightsError as error:
+        raise WeightsError(error.what, where=error.where, fix=_FIX) from error
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"the checkpoint is torn: {error}", where=str(path)) from error
+        raise WeightsError(f"the checkpoint is torn: {error}", where=str(path), fix=_FIX) from error
+
+
+def _verified(path: Path) -> TrainingState:
+    content = dict(read_json(path / STATE))
+    if content.pop("own_sha256") != _digest(content):
+        raise WeightsError("the file is damaged", where=str(path / STATE))
+    hashes = content.pop("sha256")
+    for name in (HEADS, OPTIMIZER, CONFIG):
+        with (path / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != hashes[name]:
+                raise WeightsError(f"{name} is damaged", where=str(path / name))
+    return TrainingState(**content)
 
 
 def load_checkpoint(path: Path) -> Loaded:
@@ -151,7 +158,7 @@ def load_checkpoint(path: Path) -> Loaded:
     try:
         return load_file(path / HEADS), load_file(path / OPTIMIZER), state
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"the checkpoint is torn: {error}", where=str(path)) from error
+        raise WeightsError(f"the checkpoint is torn: {error}", where=str(path), fix=_FIX) from error
 
 
 def load_newest(directory: Path, warn: Callable[[str], None]) -> Loaded | None:

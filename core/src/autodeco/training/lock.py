@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -36,7 +37,7 @@ def run_lock(directory: Path) -> RunLock:
 
     Raises:
         RunError: Another process has it; the message names it.
-        EnvironmentProblem: The lock file cannot be opened.
+        EnvironmentProblem: The lock file cannot be opened or written.
     """
     path = directory / LOCK_FILE
     try:
@@ -65,10 +66,20 @@ def run_lock(directory: Path) -> RunLock:
             where=str(path),
             fix="choose a directory on a filesystem with file locks, with --out",
         ) from error
-    stream.truncate(0)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": now}, stream)
-    stream.flush()
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
+    try:
+        stream.truncate(0)
+        stream.write(json.dumps(mine))
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # closing tries to write once more
+            stream.close()
+        raise EnvironmentProblem(
+            f"cannot write: {error.strerror}",
+            where=str(path),
+            fix="free some space, or choose another directory with --out; then run again",
+        ) from error
     return RunLock(stream)
 
 

@@ -64,7 +64,10 @@ class MetricsLog:
         kept = [row for row in rows if row["step"] <= (step or 0)]
         self._tracker = _tracker(track, directory, dict(config), step or 0)
         atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._stream = self._path.open("a", encoding="utf-8")
+        try:
+            self._stream = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._problem(error) from error
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Adds one row; ``kind`` is train or eval.
@@ -76,13 +79,16 @@ class MetricsLog:
             self._stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._stream.flush()
         except OSError as error:
-            raise EnvironmentProblem(
-                f"cannot write: {error.strerror}",
-                where=str(self._path),
-                fix="free some space, then run the same command again: it continues",
-            ) from error
+            raise self._problem(error) from error
         if self._tracker is not None:
             self._tracker.add(step, {f"{kind}/{name}": value for name, value in values.items()})
+
+    def _problem(self, error: OSError) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"cannot write: {error.strerror}",
+            where=str(self._path),
+            fix="free some space, then run the same command again: it continues",
+        )
 
     def close(self) -> None:
         """Closes the file and the tracker."""

@@ -327,7 +327,7 @@ class _Loop:
             folder = self.directory / "checkpoints"
             moments = _moments(self.optimizer, self.heads)
             save_checkpoint(folder, self.model_name, self.heads, moments, state, self.metadata)
-            remove_old(folder, self.job.keep, self.best_step)
+            remove_old(folder, self.job.keep, state.best_step)
         wait_for_all()
 
 
