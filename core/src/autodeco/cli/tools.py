@@ -82,6 +82,8 @@ def show(as_json: bool, chat_template_kwargs: str, **options: Any) -> None:
         kwargs = json.loads(chat_template_kwargs)
     except json.JSONDecodeError as error:
         raise click.BadParameter(f"--chat-template-kwargs is no JSON: {error}") from error
+    if not isinstance(kwargs, dict):
+        raise click.BadParameter("--chat-template-kwargs is no JSON object")
     shown = show_samples(chat_template_kwargs=kwargs, **options)
     if as_json:
         click.echo(json.dumps([sample.to_json() for sample in shown], ensure_ascii=False))

@@ -46,7 +46,8 @@ class ShownSample:
     def render(self) -> Text:
         """Returns the coloured tokens under a head line with the counts."""
         counts = {state: self.states.count(state) for state in _STYLES}
-        text = Text(f"sample {self.id}, line {self.line}: {len(self.tokens)} tokens", style="bold")
+        head = f"sample {self.id}, line {self.line}: {len(self.tokens)} tokens"
+        text = Text.assemble((head, "bold"))  # bold as the style of all would undo dim
         for state, count in counts.items():
             text.append("  ")
             text.append(f"{count} {state}", style=_STYLES[state])
