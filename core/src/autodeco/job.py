@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,6 +20,13 @@ from typing import Any, get_args, get_origin, get_type_hints
 from autodeco.errors import UsageError
 
 AUTO = "auto"
+_LARGEST_SEED = 2**63 - 1
+_BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "low": (operator.ge, "at least"),
+    "high": (operator.le, "at most"),
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
+}
 
 
 def _option(
@@ -28,14 +37,22 @@ def _option(
     result: bool = False,
     choices: tuple[str, ...] = (),
     flag: str | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
 ) -> Any:
-    """Declares a field: its help, its section, whether it changes the trained heads."""
+    """Declares a field: help, section, whether it changes the trained heads, and its bounds.
+
+    `low` and `high` belong to the range, `above` and `below` do not.
+    """
     metadata = {
         "help": help,
         "section": section,
         "result": result,
         "choices": choices,
         "flag": flag,
+        "bounds": {"low": low, "high": high, "above": above, "below": below},
     }
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -80,16 +97,21 @@ class Job:
         None, "Training data, JSONL; default: the built-in task.", section="data"
     )
     task_samples: int = _option(
-        4096, "Training samples drawn from the built-in task.", section="data", result=True
+        4096, "Training samples drawn from the built-in task.", section="data", result=True, low=1
     )
     eval_data: Path | None = _option(
         None, "Held-out data, JSONL; default: a split of --data.", section="data"
     )
     held_out: float = _option(
-        0.02, "Share of --data held out when there is no --eval-data.", section="data", result=True
+        0.02,
+        "Share of --data held out when there is no --eval-data.",
+        section="data",
+        result=True,
+        above=0,
+        below=1,
     )
     max_length: int = _option(
-        6144, "Longer samples (tokens) are dropped and counted.", section="data", result=True
+        6144, "Longer samples (tokens) are dropped and counted.", section="data", result=True, low=2
     )
     chat_template_kwargs: dict[str, Any] = _option(
         {}, "JSON passed to the chat template.", section="data", result=True
@@ -139,6 +161,8 @@ class Job:
         "Share of correctly predicted tokens that is dropped; default: the objective's own.",
         section="train",
         result=True,
+        low=0,
+        high=1,
     )
     recipe: str = _option(
         "default",
@@ -147,26 +171,34 @@ class Job:
         choices=("default", "published"),
         result=True,
     )
-    learning_rate: float = _option(1e-3, "Peak learning rate.", section="train", result=True)
+    learning_rate: float = _option(
+        1e-3, "Peak learning rate.", section="train", result=True, above=0
+    )
     min_learning_rate: float = _option(
-        1e-5, "Learning rate of the constant tail.", section="train", result=True
+        1e-5, "Learning rate of the constant tail.", section="train", result=True, low=0
     )
-    warmup_steps: int = _option(20, "Linear warm-up.", section="train", result=True)
+    warmup_steps: int = _option(20, "Linear warm-up.", section="train", result=True, low=0)
     constant_steps: int = _option(
-        0, "Steps at the minimum, at the end.", section="train", result=True
+        0, "Steps at the minimum, at the end.", section="train", result=True, low=0
     )
-    weight_decay: float = _option(0.0, "AdamW weight decay.", section="train", result=True)
-    clip: float = _option(1.0, "Gradient norm is clipped to this.", section="train", result=True)
-    global_batch: int = _option(32, "Samples a step.", section="train", result=True)
+    weight_decay: float = _option(0.0, "AdamW weight decay.", section="train", result=True, low=0)
+    clip: float = _option(
+        1.0, "Gradient norm is clipped to this.", section="train", result=True, above=0
+    )
+    global_batch: int = _option(32, "Samples a step.", section="train", result=True, low=1)
     micro_batch_tokens: int = _option(
-        16384, "Padded tokens that go through the backbone at once.", section="train"
+        16384, "Padded tokens that go through the backbone at once.", section="train", low=1
     )
-    epochs: int = _option(1, "Passes over the data.", section="train", result=True)
-    max_steps: int | None = _option(None, "Stop after this many.", section="train", result=True)
-    seed: int = _option(0, "Seed of every random draw.", section="train", result=True)
-    save_every: int = _option(100, "Steps between checkpoints.", section="train")
-    keep: int = _option(2, "Newest checkpoints kept, beside the best.", section="train")
-    eval_every: int = _option(50, "Steps between held-out measurements.", section="train")
+    epochs: int = _option(1, "Passes over the data.", section="train", result=True, low=1)
+    max_steps: int | None = _option(
+        None, "Stop after this many.", section="train", result=True, low=1
+    )
+    seed: int = _option(
+        0, "Seed of every random draw.", section="train", result=True, low=0, high=_LARGEST_SEED
+    )
+    save_every: int = _option(100, "Steps between checkpoints.", section="train", low=1)
+    keep: int = _option(2, "Newest checkpoints kept, beside the best.", section="train", low=1)
+    eval_every: int = _option(50, "Steps between held-out measurements.", section="train", low=1)
     track: str = _option(
         "none",
         "Metrics also go to this tracker.",
@@ -174,7 +206,7 @@ class Job:
         choices=("none", "tensorboard", "wandb"),
     )
     log_seconds: float = _option(
-        10.0, "Without a terminal, one progress line every N seconds.", section="train"
+        10.0, "Without a terminal, one progress line every N seconds.", section="train", low=0
     )
 
     out: Path = _option(Path("runs"), "Directory of all runs.", section="run")
@@ -199,10 +231,12 @@ class Job:
     problems: Path | None = _option(
         None, "Problems to evaluate on, JSONL of problem and gt.", section="evaluate"
     )
-    evaluate_problems: int = _option(256, "At most this many problems.", section="evaluate")
-    evaluate_samples: int = _option(1, "Answers a problem and setting.", section="evaluate")
-    max_new_tokens: int = _option(2048, "Longest answer.", section="evaluate")
-    evaluate_seed: int = _option(1234, "Seed of the sampling.", section="evaluate")
+    evaluate_problems: int = _option(256, "At most this many problems.", section="evaluate", low=1)
+    evaluate_samples: int = _option(1, "Answers a problem and setting.", section="evaluate", low=1)
+    max_new_tokens: int = _option(2048, "Longest answer.", section="evaluate", low=1)
+    evaluate_seed: int = _option(
+        1234, "Seed of the sampling.", section="evaluate", low=0, high=_LARGEST_SEED
+    )
 
     def replace(self, **changes: Any) -> Job:
         """Returns a copy with some fields changed."""
@@ -242,13 +276,13 @@ def coerce_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
     Raises:
         UsageError: An unknown key (the nearest name is suggested), a value of the wrong type, or
-            one that is not among the field's choices.
+            one that is not among the field's choices or not in its range.
     """
     hints = get_type_hints(Job)
     fields = {item.name: item for item in dataclasses.fields(Job)}
     result: dict[str, Any] = {}
     for key, value in values.items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
         if name not in fields:
             near = get_close_matches(name, fields, n=1)
             raise UsageError(
@@ -256,7 +290,12 @@ def coerce_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
                 where=where,
                 fix=f"did you mean {near[0]!r}?" if near else "see autodeco run --help",
             )
+        if name in result:
+            raise UsageError(
+                f"{name} is given twice, with - and with _", where=where, fix="remove one of them"
+            )
         result[name] = _coerce(name, value, hints[name], where)
+        _check_bounds(key, result[name], fields[name].metadata["bounds"], where)
         choices = fields[name].metadata["choices"]
         if choices and result[name] not in choices:
             near = get_close_matches(str(value), choices, n=1)
@@ -266,6 +305,21 @@ def coerce_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
                 fix=f"did you mean {near[0]!r}?" if near else f"choose one for {key}",
             )
     return result
+
+
+def _check_bounds(key: str, value: Any, bounds: Mapping[str, float | None], where: str) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    given = [(*_BOUNDS[side], bound) for side, bound in bounds.items() if bound is not None]
+    finite = isinstance(value, int) or math.isfinite(value)
+    if finite and all(holds(value, bound) for holds, _, bound in given):
+        return
+    wanted = " and ".join(f"{word} {bound}" for _, word, bound in given)
+    raise UsageError(
+        f"{key}: {value!r} is out of range",
+        where=where,
+        fix=f"give a number {wanted or 'that is finite'}",
+    )
 
 
 def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:

@@ -74,7 +74,7 @@ def resolve(command_line: Mapping[str, Any], config: Path | None, registry: Regi
         values |= layer
         provenance |= dict.fromkeys(layer, origin)
     for name, value in (("plugin", found.family.id), ("preset", found.preset.name)):
-        if name not in given:
+        if given.get(name) is None:
             provenance[name] = found.reason
         values[name] = value
     return Resolved(Job(**values), provenance, found)
@@ -115,5 +115,9 @@ def read_config(path: Path) -> dict[str, Any]:
             f"malformed configuration: {error}", where=str(path), fix="correct the file"
         ) from error
     if not isinstance(content, dict):
-        raise UsageError("the configuration is no table of options", where=str(path))
+        raise UsageError(
+            f"the configuration is a {type(content).__name__}, not a table of options",
+            where=str(path),
+            fix="write one `option: value` a line",
+        )
     return coerce_values(job_values(content), where=str(path))

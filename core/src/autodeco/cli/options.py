@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
@@ -33,15 +33,14 @@ class _JsonObject(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 
 def _type(item: dataclasses.Field[Any], hint: Any) -> Any:
+    if get_origin(hint) is dict:
+        return _JsonObject()
     kinds = [kind for kind in (hint, *get_args(hint)) if kind is not type(None)]
     if item.metadata["choices"]:
         return click.Choice(item.metadata["choices"])
     if Path in kinds:
         return click.Path(path_type=Path)
-    for kind in (bool, int, float, str):
-        if kind in kinds:
-            return kind
-    return _JsonObject()
+    return next(kind for kind in (bool, int, float, str) if kind in kinds)
 
 
 def job_options(command: Command) -> Command:
@@ -50,7 +49,7 @@ def job_options(command: Command) -> Command:
     for item in reversed(dataclasses.fields(Job)):
         kind = _type(item, hints[item.name])
         name = "--" + item.name.replace("_", "-")
-        flag = item.metadata["flag"] or (name if kind is bool else None)
+        flag = item.metadata["flag"] or (f"{name}/--no-{name[2:]}" if kind is bool else None)
         default = item.default if item.default is not dataclasses.MISSING else {}
         shown = f"  [{item.metadata['section']}; default: {_show(default)}]"
         command = click.option(

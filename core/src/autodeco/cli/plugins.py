@@ -39,11 +39,12 @@ def list_plugins(as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("plugin", "distribution", "presets", "state")
     for row in rows:
-        state = f"[red]{row['error']}[/]" if row["error"] else "ok"
+        state = f"[red]{escape(str(row['error']))}[/]" if row["error"] else "ok"
         presets = ", ".join(map(str, row["presets"]))  # type: ignore[arg-type]
         table.add_row(str(row["id"]), f"{row['dist']} {row['version']}", presets, state)
     Console().print(table)

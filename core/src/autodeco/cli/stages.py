@@ -122,6 +122,7 @@ def run_stages(
 
 def _print_job(resolved: Any, as_json: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     values = resolved.job.to_json()
@@ -131,5 +132,5 @@ def _print_job(resolved: Any, as_json: bool) -> None:
         return
     table = Table("option", "value", "from", title="the job; nothing is run", title_justify="left")
     for name, value in values.items():
-        table.add_row(name, str(value), resolved.provenance[name])
+        table.add_row(name, escape(str(value)), escape(resolved.provenance[name]))
     Console().print(table)
