@@ -99,7 +99,8 @@ class Inputs:
             )
             tokens = sum(int(sample.predict.sum()) for sample in loaded.samples)
             console.print(
-                f"  {escape(str(path))}: {len(loaded.samples):,} samples, {tokens:,} tokens to learn from",
+                f"  {escape(str(path))}: {len(loaded.samples):,} samples, "
+                f"{tokens:,} tokens to learn from",
                 highlight=False,
             )
             for reason, count in loaded.dropped.items():
