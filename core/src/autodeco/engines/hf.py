@@ -95,6 +95,7 @@ class HFEngine:
 
 
 def _load(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -106,7 +107,7 @@ def _load(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise WeightsError(
             f"transformers cannot load the model: {error}",
             where=str(path),

@@ -22,8 +22,8 @@ def choose_device(name: str) -> torch.device:
     """Returns the device that ``--device`` means; under torchrun each process gets its own GPU.
 
     Raises:
-        EnvironmentProblem: CUDA was asked for and is not there.
-        UsageError: torch does not know the name.
+        EnvironmentProblem: CUDA, or the GPU of that number, was asked for and is not there.
+        UsageError: The name is none of cpu, cuda and cuda:N.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +31,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(f"no device {name!r}", fix="use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"no engine runs on {name!r}", fix="use cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise EnvironmentProblem(
@@ -38,6 +40,13 @@ def choose_device(name: str) -> torch.device:
             )
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise EnvironmentProblem(
+                f"{device} is not there: the machine shows {count} GPUs",
+                where="--device",
+                fix="start one process a GPU, or name a GPU that is there",
+            )
     return device
 
 
@@ -53,7 +62,9 @@ def choose_dtype(name: str, path: Path, device: torch.device) -> torch.dtype:
         return torch.float32
     config = read_json(path / "config.json")
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-    return torch.float32 if stored == "float32" else torch.bfloat16
+    stored = stored.removeprefix("torch.")
+    known = {"float32": torch.float32, "float16": torch.float16}
+    return known.get(stored, torch.bfloat16)
 
 
 def build_engine(job: Job, weights: ImportedWeights) -> Engine:
