@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from typing import Any
+import traceback
 
 import click
 
@@ -12,7 +13,9 @@ from autodeco import __version__
 from autodeco.cli.plugins import plugin_group
 from autodeco.cli.stages import add_stage_commands
 from autodeco.cli.tools import add_tool_commands
-from autodeco.errors import EXIT_CODES, AutodecoError
+from autodeco.errors import EXIT_CODES, AutodecoError, EnvironmentProblem
+
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @click.group(
@@ -51,22 +54,38 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; the same command continues", err=True)
         sys.exit(130)
-    except AutodecoError as error:
-        if debug:
-            raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
     except BrokenPipeError:
         # the reader of our output (head, less) has gone; say nothing at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         if debug:
-            raise
-        _defect(error)
+            traceback.print_exc()
+        sys.exit(_explain(error))
 
 
-def _defect(error: Any) -> None:
+def _explain(error: Exception) -> int:
+    """Says what went wrong and what to do; returns the exit code."""
+    known = error if isinstance(error, AutodecoError) else _problem_of_the_machine(error)
+    if known is not None:
+        click.echo(f"error: {known}", err=True)
+        return known.exit_code
     click.echo(f"error: a defect of autodeco: {type(error).__name__}: {error}", err=True)
     click.echo("  do: run again as `autodeco --debug ...` and report the traceback", err=True)
-    sys.exit(1)
+    return 1
+
+
+def _problem_of_the_machine(error: Exception) -> EnvironmentProblem | None:
+    """What no line of ours foresaw, but is the machine's doing all the same."""
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        return EnvironmentProblem(
+            error.strerror or str(error),
+            where=str(error.filename) if error.filename else None,
+            fix="free some space or make it writable, then run the same command again",
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return EnvironmentProblem(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more to be had'}",
+            fix="lower --micro-batch-tokens or --max-length, then run the same command again",
+        )
+    return None

@@ -15,12 +15,15 @@ from autodeco.job import Job
 Command = Callable[..., Any]
 
 
-class _JsonObject(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+class JsonObject(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A JSON object on the command line."""
+
     name = "json"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> dict[str, Any]:
+        """Parses the text."""
         if isinstance(value, dict):
             return value
         try:
@@ -34,7 +37,7 @@ class _JsonObject(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
 def _type(item: dataclasses.Field[Any], hint: Any) -> Any:
     if get_origin(hint) is dict:
-        return _JsonObject()
+        return JsonObject()
     kinds = [kind for kind in (hint, *get_args(hint)) if kind is not type(None)]
     if item.metadata["choices"]:
         return click.Choice(item.metadata["choices"])

@@ -15,7 +15,7 @@ from autodeco.decoding.evaluation import Problem, load_problems, problem_prompts
 from autodeco.decoding.stage import EvaluationOutcome, evaluate_and_report
 from autodeco.decoding.terminal import coloured_tokens, legend
 from autodeco.engines.select import choose_device, choose_dtype
-from autodeco.errors import WeightsError
+from autodeco.errors import DataError, WeightsError
 from autodeco.files import make_directory, read_json
 from autodeco.heads.files import CONFIG_FILE
 from autodeco.heads.modules import DecodingHeads
@@ -48,6 +48,8 @@ class GeneratedText:
 
 
 def _load(model: Path, heads: Path | None, device: str = "auto") -> tuple[Any, torch.device]:
+    if not model.is_dir():
+        raise WeightsError("no such checkpoint", where=str(model), fix="check --model")
     chosen = choose_device(device)
     dtype = choose_dtype("auto", model, chosen)
     loaded = AutoDecoModelForCausalLM.from_pretrained(model, heads=heads, dtype=dtype)
@@ -73,6 +75,10 @@ def generate_text(
     loaded, device = _load(model, heads)
     tokenizer = load_tokenizer(model)
     ids = problem_prompts([Problem(prompt, "-", None, 1)], tokenizer, chat=chat)[0]
+    if not ids:
+        raise DataError(
+            "the prompt has no token", where="--prompt", fix="give some text to go on from"
+        )
     torch.manual_seed(seed)
     out = loaded.generate(
         torch.tensor([ids], device=device),
