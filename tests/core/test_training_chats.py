@@ -215,6 +215,18 @@ def test_what_is_left_out_is_said_aloud(tmp_path: Path) -> None:
     assert "1 earlier assistant turns are context only" in screen.getvalue()
 
 
+def test_the_jobs_template_arguments_and_eos_loss_reach_the_data(tmp_path: Path) -> None:
+    own, tokenizer = tmp_path / "train.jsonl", byte_bpe(template=THINKING)
+
+    def learned(**changes: Any) -> list[str]:
+        inputs = held_out_job(tmp_path, eval_data=own, **changes)
+        return runs(tokenizer, inputs.load_training_data(300, Console(quiet=True))[0].samples[-1])
+
+    assert learned() == ["<think></think>two" + END]
+    assert learned(chat_template_kwargs={"enable_thinking": False}) == ["two" + END]
+    assert learned(eos_loss=False) == ["<think></think>two"]
+
+
 def test_held_out_samples_are_a_split_or_the_eval_data(tmp_path: Path) -> None:
     console = Console(quiet=True)
     train, held_out = held_out_job(tmp_path).load_training_data(300, console)
