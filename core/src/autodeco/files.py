@@ -22,7 +22,8 @@ PARTIAL_SUFFIX = ".partial"
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of a file
 
 
-def _problem(error: OSError, path: Path, what: str = "write") -> EnvironmentProblem:
+def write_problem(error: OSError, path: Path, what: str = "write") -> EnvironmentProblem:
+    """Returns the error for a user: what could not be done, where, and what to do."""
     fixes = {
         errno.ENOSPC: "free some space, or choose another directory with --out; then run again",
         errno.EDQUOT: "your quota is used up: free some space, then run again",
@@ -58,7 +59,7 @@ def make_directory(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _problem(error, path) from error
+        raise write_problem(error, path) from error
     return path
 
 
@@ -80,7 +81,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise _problem(error, path) from error
+        raise write_problem(error, path) from error
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -129,7 +130,7 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         _fsync(final.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _problem(error, final) from error
+        raise write_problem(error, final) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -146,13 +147,14 @@ def sync_tree(directory: Path) -> None:
 def remove_partial(directory: Path) -> list[Path]:
     """Removes what earlier, killed writers left in `directory`; returns what was removed.
 
-    Raises:
-        EnvironmentProblem: Something cannot be removed.
+    What cannot be removed now (a reader may hold it on a network filesystem) is left for later.
     """
-    left = [path for path in directory.glob(f".*{PARTIAL_SUFFIX}") if directory.is_dir()]
-    for path in left:
-        _delete(path)
-    return left
+    removed = []
+    for path in directory.glob(f".*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(EnvironmentProblem):
+            _delete(path)
+            removed.append(path)
+    return removed
 
 
 def remove(path: Path) -> None:
@@ -167,7 +169,7 @@ def remove(path: Path) -> None:
             path.rename(retired)
             path = retired
     except OSError as error:
-        raise _problem(error, path, "remove") from error
+        raise write_problem(error, path, "remove") from error
     _delete(path)
 
 
@@ -178,7 +180,7 @@ def _delete(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        raise _problem(error, path, "remove") from error
+        raise write_problem(error, path, "remove") from error
 
 
 def link_or_copy(source: Path, target: Path) -> Literal["hardlink", "reflink", "copy"]:
@@ -201,7 +203,7 @@ def link_or_copy(source: Path, target: Path) -> Literal["hardlink", "reflink", "
     try:
         shutil.copyfile(source, target)
     except OSError as error:
-        raise _problem(error, target) from error
+        raise write_problem(error, target) from error
     return "copy"
 
 

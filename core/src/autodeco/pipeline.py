@@ -145,7 +145,7 @@ class _Run:
                     self.console.print(
                         escape(f"removed {left}, of an interrupted run"), highlight=False
                     )
-            self.inputs = prepare_inputs(self.job, self.resolution, self.directory.path)
+            self.inputs = self._prepare()
             self.job = self.inputs.job
             self.digest = digest
             self._announce()
@@ -155,6 +155,18 @@ class _Run:
         finally:
             if lock is not None:
                 lock.release()
+
+    def _prepare(self) -> Inputs:
+        """Rank 0 writes the built-in inputs; the others find them."""
+        if rank() == 0:
+            inputs = prepare_inputs(self.job, self.resolution, self.directory.path)
+        if world_size() > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+        if rank() != 0:
+            inputs = prepare_inputs(self.job, self.resolution, self.directory.path)
+        return inputs
 
     def _open(self, digest: str, digests: Mapping[str, str], allow: frozenset[str]) -> RunDirectory:
         if rank() == 0:

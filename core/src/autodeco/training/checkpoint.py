@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from autodeco.errors import EnvironmentProblem, RunError, WeightsError
+from autodeco.errors import RunError, WeightsError
 from autodeco.files import (
     PARTIAL_SUFFIX,
     atomic_directory,
     atomic_write_bytes,
     atomic_write_json,
     read_json,
+    write_problem,
 )
 from autodeco.heads.files import heads_config_json
 from autodeco.heads.modules import DecodingHeads
@@ -188,18 +189,17 @@ def _rename(path: Path, target: Path) -> None:
     try:
         path.rename(target)
     except OSError as error:
-        raise EnvironmentProblem(
-            f"cannot rename a checkpoint: {error.strerror}",
-            where=str(path),
-            fix="make the directory writable, then run the same command again",
-        ) from error
+        raise write_problem(error, path, "rename the checkpoint") from error
 
 
 def remove_old(directory: Path, keep: int, best_step: int) -> list[Path]:
     """Removes all but the newest `keep` checkpoints and the best; returns what was removed.
 
+    They lose their names at once; a file that cannot be deleted is left to the next start, so that
+    a reader on a network filesystem does not stop the training.
+
     Raises:
-        EnvironmentProblem: One cannot be removed.
+        EnvironmentProblem: One cannot be renamed.
     """
     paths = list_checkpoints(directory)
     spare = set(paths[-max(1, keep) :]) | {p for p in paths if step_of(p) == best_step}

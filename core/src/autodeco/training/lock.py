@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from autodeco.errors import EnvironmentProblem, RunError
+from autodeco.files import write_problem
 
 LOCK_FILE = "lock"
 
@@ -43,11 +44,7 @@ def run_lock(directory: Path) -> RunLock:
     try:
         stream = path.open("a+")
     except OSError as error:
-        raise EnvironmentProblem(
-            f"cannot lock the run: {error.strerror}",
-            where=str(path),
-            fix="make the directory writable, or choose another with --out",
-        ) from error
+        raise write_problem(error, path, "lock the run") from error
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -75,11 +72,7 @@ def run_lock(directory: Path) -> RunLock:
     except OSError as error:
         with contextlib.suppress(OSError):  # closing tries to write once more
             stream.close()
-        raise EnvironmentProblem(
-            f"cannot write: {error.strerror}",
-            where=str(path),
-            fix="free some space, or choose another directory with --out; then run again",
-        ) from error
+        raise write_problem(error, path) from error
     return RunLock(stream)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autodeco.errors import EnvironmentProblem, RunError
-from autodeco.files import atomic_write_text
+from autodeco.files import atomic_write_text, write_problem
 
 METRICS = "metrics.jsonl"
 
@@ -67,7 +67,7 @@ class MetricsLog:
         try:
             self._stream = self._path.open("a", encoding="utf-8")
         except OSError as error:
-            raise self._problem(error) from error
+            raise write_problem(error, self._path) from error
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Adds one row; ``kind`` is train or eval.
@@ -79,16 +79,9 @@ class MetricsLog:
             self._stream.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._stream.flush()
         except OSError as error:
-            raise self._problem(error) from error
+            raise write_problem(error, self._path) from error
         if self._tracker is not None:
             self._tracker.add(step, {f"{kind}/{name}": value for name, value in values.items()})
-
-    def _problem(self, error: OSError) -> EnvironmentProblem:
-        return EnvironmentProblem(
-            f"cannot write: {error.strerror}",
-            where=str(self._path),
-            fix="free some space, then run the same command again: it continues",
-        )
 
     def close(self) -> None:
         """Closes the file and the tracker."""

@@ -208,6 +208,7 @@ class _Loop:
         self.best_step, self.best_loss = state.best_step, state.best_loss
         self.last = dict(state.metrics)
         if self.rank == 0:
+            remove_old(folder, self.job.keep, state.best_step)  # a kill may have come before it
             self.console.print(f"  resumed at step {self.step}/{self.total}", highlight=False)
         return True
 
