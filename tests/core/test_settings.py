@@ -54,6 +54,7 @@ def another_value(item: dataclasses.Field[Any]) -> Any:
 
 
 EVERYTHING = {name: another_value(item) for name, item in FIELDS.items()}
+EVERYTHING |= {"checkpoint": "7", "allow_change": "seed,eos-loss"}  # text, but not any text
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:

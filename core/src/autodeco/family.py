@@ -147,6 +147,13 @@ class Architecture:
         for name, key in self.keys().items():
             if config.get(key) is not None:
                 values[name] = config[key]
+                wanted = bool if name == "tied_embeddings" else int
+                if type(config[key]) is not wanted:
+                    raise WeightsError(
+                        f"{key!r} is {config[key]!r}, which is no {wanted.__name__}",
+                        where=where,
+                        fix="use the config.json that came with the checkpoint",
+                    )
             elif name == "head_dim":
                 values[name] = config["hidden_size"] // config["num_attention_heads"]
             elif name == "tied_embeddings":

@@ -41,22 +41,31 @@ class Inputs:
         A checkpoint is identified by its config.json, its tensors' names, dtypes and shapes, and
         its files' sizes: hashing terabytes at every start would cost more than it protects from.
 
+        What can be told from the inputs alone is checked here, before a run begins.
+
         Raises:
             DataError, WeightsError: An input is missing or unreadable.
+            PluginError: The preset has no built-in model or task, and none was given.
         """
+        from autodeco.convert.source import require_built_in
         from autodeco.training.data import file_digest
 
         digests = {"plugin": f"{resolution.row.dist}=={resolution.row.version}"}
         if job.model is None:
+            require_built_in(resolution.family, resolution.preset)
             digests["model"] = f"built-in {resolution.preset.name}"
         else:
             digests["model"] = _model_digest(job.model)
         if job.data is not None:
             digests["data"] = file_digest(job.data)
-        elif resolution.preset.task:
-            digests["data"] = f"built-in {resolution.preset.task}"
+        else:
+            digests["data"] = f"built-in {_require_task(resolution)}"
         if job.eval_data is not None:
             digests["eval_data"] = file_digest(job.eval_data)
+        if job.problems is not None:
+            from autodeco.decoding.problems import load_problems
+
+            load_problems(job.problems, limit=job.evaluate_problems)
         return digests
 
     def tokenizer(self) -> Any:
@@ -140,14 +149,19 @@ def prepare_inputs(job: Job, resolution: Resolution, directory: Path) -> Inputs:
         job = job.replace(model=model)
     problems = job.problems
     if job.data is None:
-        if preset.task != "stories":
-            raise PluginError(
-                f"preset {preset.name!r} has no built-in task",
-                who=family.id,
-                fix="add --data FILE with your training data (JSONL)",
-            )
+        _require_task(resolution)
         job, problems = _built_in_data(job, directory / "data")
     return Inputs(job, model_name, problems)
+
+
+def _require_task(resolution: Resolution) -> str:
+    if resolution.preset.task != "stories":
+        raise PluginError(
+            f"preset {resolution.preset.name!r} has no built-in task",
+            who=resolution.family.id,
+            fix="add --data FILE with your training data (JSONL)",
+        )
+    return resolution.preset.task
 
 
 def _built_in_data(job: Job, directory: Path) -> tuple[Job, Path]:

@@ -295,6 +295,7 @@ def coerce_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
                 f"{name} is given twice, with - and with _", where=where, fix="remove one of them"
             )
         result[name] = _coerce(name, value, hints[name], where)
+        _check_words(name, result[name], fields, where)
         _check_bounds(key, result[name], fields[name].metadata["bounds"], where)
         choices = fields[name].metadata["choices"]
         if choices and result[name] not in choices:
@@ -305,6 +306,25 @@ def coerce_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
                 fix=f"did you mean {near[0]!r}?" if near else f"choose one for {key}",
             )
     return result
+
+
+def _check_words(name: str, value: Any, fields: Mapping[str, Any], where: str) -> None:
+    """Checks the two fields of text that are not free."""
+    if name == "checkpoint" and value not in ("best", "last") and not value.isdecimal():
+        raise UsageError(
+            f"checkpoint: {value!r} is neither best, last nor a step",
+            where=where,
+            fix="give best, last or a number",
+        )
+    if name == "allow_change":
+        for changed in filter(None, value.replace("-", "_").split(",")):
+            if changed not in fields:
+                near = get_close_matches(changed, fields, n=1)
+                raise UsageError(
+                    f"allow_change: no option is called {changed!r}",
+                    where=where,
+                    fix=f"did you mean {near[0]!r}?" if near else "see autodeco run --help",
+                )
 
 
 def _check_bounds(key: str, value: Any, bounds: Mapping[str, float | None], where: str) -> None:

@@ -9,7 +9,7 @@ silently take a name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib import metadata
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import pluggy
 
 from autodeco import hookspecs
-from autodeco.errors import AutodecoError, PluginError
+from autodeco.errors import AutodecoError, PluginError, WeightsError
 from autodeco.family import API, FamilySpec, ModelPreset, ModelShape
 from autodeco.files import read_json
 from autodeco.plugin import FamilyPlugin
@@ -176,9 +176,9 @@ class Registry:
         return self._resolve_model(model, preset)
 
     def _resolve_model(self, model: Path, preset: str | None) -> Resolution:
-        config = read_json(model / "config.json")
+        config = _read_config(model)
         model_id = str(config.get("_name_or_path") or model.name).lower()
-        architecture = (config.get("architectures") or ["?"])[0]
+        architecture = _architecture(config)
         matches: list[Resolution] = []
         for row in self.rows():
             if row.plugin is None:
@@ -224,7 +224,7 @@ def _dist_guess(config: dict[str, Any]) -> str:
 def _load(entry: EntryPoint) -> tuple[FamilyPlugin | None, str | None]:
     try:
         plugin = entry.load()
-    except Exception as error:  # a stranger's import may raise anything
+    except (Exception, SystemExit) as error:  # a stranger's import may raise anything, or exit
         return None, f"cannot be loaded: {type(error).__name__}: {error}"
     if isinstance(plugin, type) and issubclass(plugin, FamilyPlugin):
         return None, f"{entry.value} is a class, not a plugin: give FamilyPlugin(FAMILY)"
@@ -249,9 +249,39 @@ def _whole(row: PluginRow) -> PluginRow:
     )
 
 
+def _read_config(model: Path, who: str | None = None) -> dict[str, Any]:
+    """Reads the ``config.json`` of a base checkpoint.
+
+    Raises:
+        WeightsError: It cannot be read, or is that of a merged checkpoint.
+    """
+    path = model / "config.json"
+    config = read_json(path, who=who)
+    if not isinstance(config, dict):
+        raise WeightsError(
+            f"the file holds a {type(config).__name__}, not an object",
+            who=who,
+            where=str(path),
+            fix="use the config.json that came with the checkpoint",
+        )
+    if "autodeco" in config or config.get("model_type") == "autodeco":
+        raise WeightsError(
+            "this is a merged checkpoint: it has heads already",
+            who=who,
+            where=str(model),
+            fix="give its base model; autodeco split --base takes the two apart",
+        )
+    return config
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "?"
+
+
 def _fits(family: FamilySpec, preset: ModelPreset, config: dict[str, Any], model: Path) -> bool:
     architecture = family.architecture(preset.architecture)
-    if (config.get("architectures") or [None])[0] != architecture.name:
+    if _architecture(config) != architecture.name:
         return False
     return architecture.shape_of(config, where=str(model / "config.json")) == preset.shape
 
@@ -265,9 +295,9 @@ def _choose_preset(
         chosen = family.preset(preset) if preset else family.presets[0]
         return chosen, "--preset" if preset else "the family's default preset"
     where = str(model / "config.json")
-    config = read_json(model / "config.json", who=row.who)
+    config = _read_config(model, row.who)
     try:
-        architecture = family.architecture((config.get("architectures") or ["?"])[0])
+        architecture = family.architecture(_architecture(config))
         shape = architecture.shape_of(config, where=where)
     except AutodecoError as error:
         raise PluginError(error.what, who=row.who, where=where, fix=error.fix) from error

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from autodeco.errors import UsageError
-from autodeco.job import Job
+from autodeco.job import Job, coerce_values
 
 
 def export(
@@ -89,8 +89,8 @@ def _values(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
                 fix="leave it out; with --output this command knows "
                 + ", ".join("--" + n.replace("_", "-") for n in names),
             )
-    defaults = Job()
-    return {name: options.get(name, getattr(defaults, name)) for name in names}
+    defaults, known = Job(), coerce_values(options, where="command line")
+    return {name: known.get(name, getattr(defaults, name)) for name in names}
 
 
 def _needed(option: str, value: Path | None) -> Path:

@@ -25,16 +25,18 @@ def add_tool_commands(group: click.Group) -> None:
 @click.command()
 @click.option("--input", "source", type=_PATH, required=True, help="A merged checkpoint.")
 @click.option("--output", type=_PATH, required=True, help="The heads directory to write.")
+@click.option("--base", type=_PATH, help="Write the base model here as well.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def split(source: Path, output: Path, as_json: bool) -> None:
+def split(source: Path, output: Path, base: Path | None, as_json: bool) -> None:
     """Take the heads out of a merged checkpoint: the inverse of merge.
 
     Example: autodeco split --input merged --output my-heads
     """
     from autodeco.heads.merge import split as split_files
 
-    written = str(split_files(source, output))
-    click.echo(json.dumps({"output": written}) if as_json else written)
+    written = str(split_files(source, output, base=base))
+    made = {"output": written, **({"base": str(base)} if base else {})}
+    click.echo(json.dumps(made) if as_json else "\n".join(made.values()))
 
 
 @click.command()

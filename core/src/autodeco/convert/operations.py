@@ -58,7 +58,9 @@ def unpack(rule: BoundRule, shape: ModelShape, target: Tensor) -> tuple[Tensor, 
     rows = sum(size[0] for size in rule.source_sizes)
     if target.shape[0] != rows:
         raise WeightsError(
-            f"the tensor has {target.shape[0]} rows, expected {rows}", where=rule.target
+            f"the tensor has {target.shape[0]} rows, expected {rows}",
+            where=rule.target,
+            fix="give the whole tensor, of a model of this preset",
         )
     if rule.rule.kind == "qkv":
         grouped = target.reshape(shape.num_kv_heads, -1, *target.shape[1:])

@@ -20,6 +20,7 @@ _BYTES = {
 }  # fmt: skip
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
 INDEX = "model.safetensors.index.json"
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".safetensors")
 SINGLE = "model.safetensors"
 
 
@@ -105,6 +106,17 @@ def _check_spans(path: Path, infos: Mapping[str, TensorInfo], start: int, total:
         raise _broken(path, f"the file has {total} bytes, its header says {position}")
 
 
+def _no_safetensors(directory: Path) -> WeightsError:
+    others = sorted(p.name for p in directory.glob("*") if p.suffix in _OTHER_FORMATS)
+    return WeightsError(
+        f"neither {SINGLE} nor {INDEX} is there"
+        + (f", only {', '.join(others[:3])}, which is not read" if others else ""),
+        where=str(directory),
+        fix="give a Hugging Face checkpoint in safetensors format"
+        + (": fetch it in this format, or convert it with its own tools" if others else ""),
+    )
+
+
 def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
     """Reads every header of a checkpoint, single-file or sharded.
 
@@ -115,11 +127,7 @@ def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
     index = directory / INDEX
     if not index.exists():
         if not (directory / SINGLE).exists():
-            raise WeightsError(
-                f"neither {SINGLE} nor {INDEX} is there",
-                where=str(directory),
-                fix="give the directory of a Hugging Face checkpoint in safetensors format",
-            )
+            raise _no_safetensors(directory)
         return read_header(directory / SINGLE)
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

@@ -70,15 +70,25 @@ def built_in_checkpoint(family: FamilySpec, preset: ModelPreset, directory: Path
     Raises:
         PluginError: The preset has none; the user has to give a model.
     """
+    require_built_in(family, preset)
     package = resources.files(family.package)
     if preset.checkpoint is not None:
         return _folder(package / preset.checkpoint, family, preset)
-    if preset.random:
-        if not directory.exists():
-            tokenizer = package / preset.tokenizer if preset.tokenizer else None
-            source = _folder(tokenizer, family, preset) if tokenizer else None
-            write_random_checkpoint(family, preset, directory, tokenizer=source)
-        return directory
+    if not directory.exists():
+        tokenizer = package / preset.tokenizer if preset.tokenizer else None
+        source = _folder(tokenizer, family, preset) if tokenizer else None
+        write_random_checkpoint(family, preset, directory, tokenizer=source)
+    return directory
+
+
+def require_built_in(family: FamilySpec, preset: ModelPreset) -> None:
+    """Checks that the preset comes with a checkpoint; writes nothing.
+
+    Raises:
+        PluginError: It has none; the user has to give a model.
+    """
+    if preset.checkpoint is not None or preset.random:
+        return
     ids = ", ".join(preset.model_ids) or "any of this shape"
     raise PluginError(
         f"preset {preset.name!r} has no built-in model",

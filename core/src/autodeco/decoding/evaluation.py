@@ -127,7 +127,10 @@ def evaluate(
     """
     require_method(method)
     if samples < 1 or not problems:
-        raise UsageError("an evaluation needs at least one problem and one sample")
+        raise UsageError(
+            "an evaluation needs at least one problem and one sample",
+            fix="give problems, and samples of at least 1",
+        )
     prompts = problem_prompts(
         problems, tokenizer, chat=chat, chat_template_kwargs=chat_template_kwargs
     )
@@ -216,7 +219,10 @@ def _plan(
         plan += [(policy, HEADS) for policy in turns]
     wrong = [p.name for p, role in plan if (p.kind == "heads") != (role == HEADS)]
     if wrong:
-        raise UsageError(f"policies of the wrong kind in grid or dial: {', '.join(wrong)}")
+        raise UsageError(
+            f"policies of the wrong kind in grid or dial: {', '.join(wrong)}",
+            fix="use static policies in the grid and heads in the dial",
+        )
     return plan
 
 

@@ -272,7 +272,11 @@ def attach(model: Any, loaded: LoadedHeads) -> Any:
     """
     output = model.get_output_embeddings()
     if output is None:
-        raise WeightsError("the model has no output layer", who=type(model).__name__)
+        raise WeightsError(
+            "the model has no output layer",
+            who=type(model).__name__,
+            fix="use a causal language model",
+        )
     size = model.config.get_text_config().hidden_size
     if loaded.heads.config.hidden_size != size:
         raise WeightsError(

@@ -41,7 +41,11 @@ class DecodingPolicy:
 
     def __post_init__(self) -> None:
         if self.kind not in ("greedy", "static", "heads"):
-            raise UsageError(f"unknown kind of decoding {self.kind!r}", where=self.name)
+            raise UsageError(
+                f"unknown kind of decoding {self.kind!r}",
+                where=self.name,
+                fix="use greedy, static or heads",
+            )
         ranges = {
             "temperature": 0 < self.temperature < math.inf,
             "top_p": 0 < self.top_p <= 1,
@@ -51,7 +55,9 @@ class DecodingPolicy:
         for name, good in ranges.items():
             if not good:
                 raise UsageError(
-                    f"{name} = {getattr(self, name)!r} is out of range", where=self.name
+                    f"{name} = {getattr(self, name)!r} is out of range",
+                    where=self.name,
+                    fix="temperature > 0, top_p in (0, 1], top_k >= 0, min_p in [0, 1]",
                 )
         check_scale("temperature_scale", self.temperature_scale)
         check_scale("top_p_scale", self.top_p_scale)

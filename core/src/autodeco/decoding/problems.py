@@ -34,7 +34,11 @@ def load_problems(path: Path, *, limit: int | None = None) -> list[Problem]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the problems: {error}", where=str(path)) from error
+        raise DataError(
+            f"cannot read the problems: {error}",
+            where=str(path),
+            fix="check the path of --problems; the file is UTF-8 text",
+        ) from error
     problems: list[Problem] = []
     for number, line in enumerate(lines, 1):
         if limit is not None and len(problems) >= limit:
@@ -52,9 +56,13 @@ def _problem(line: str, where: str, number: int) -> Problem:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"malformed JSON: {error.msg}", where=f"{where}:{error.colno}") from error
+        raise DataError(
+            f"malformed JSON: {error.msg}",
+            where=f"{where}:{error.colno}",
+            fix="write one JSON object a line",
+        ) from error
     if not isinstance(record, dict):
-        raise DataError("not a JSON object", where=where)
+        raise DataError("not a JSON object", where=where, fix="write one JSON object a line")
     gt = record.get("gt")
     if isinstance(gt, bool) or not isinstance(gt, str | int | float) or str(gt).strip() == "":
         raise DataError(
@@ -64,7 +72,11 @@ def _problem(line: str, where: str, number: int) -> Problem:
     if messages is not None:
         good = isinstance(messages, list) and messages
         if not good or not all(isinstance(m, dict) and "role" in m for m in messages):
-            raise DataError("'messages' is not a list of messages with a role", where=where)
+            raise DataError(
+                "'messages' is not a list of messages with a role",
+                where=where,
+                fix='write [{"role": "user", "content": ...}]',
+            )
         return Problem(str(text or ""), str(gt), tuple(messages), number)
     if not isinstance(text, str) or not text:
         raise DataError("no problem text", where=where, fix="give 'problem' or 'messages'")

@@ -118,7 +118,11 @@ def sample_answers(
 def _check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
     for number, prompt in enumerate(prompts):
         if not len(prompt):
-            raise DataError("a prompt has no tokens", where=f"prompt {number}")
+            raise DataError(
+                "a prompt has no tokens",
+                where=f"prompt {number}",
+                fix="give each prompt at least one token",
+            )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise DataError(
                 f"a prompt has a token id outside the model's vocabulary of {vocabulary}",
@@ -326,7 +330,8 @@ def _check_output(config: Any) -> None:
         value = getattr(config, name, None)
         if value is not None and value != neutral:
             raise UsageError(
-                f"the model transforms its logits ({name} = {value}), which the sampler does not do"
+                f"the model transforms its logits ({name} = {value}); the sampler does not",
+                fix="use generate() for this model",
             )
 
 

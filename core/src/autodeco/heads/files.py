@@ -37,6 +37,7 @@ PUBLISHED_FILE = "autodeco_heads.safetensors"
 NATIVE_DIRECTORY = "autodeco"
 BACKBONE_PREFIX = "llm."
 HEAD_PREFIXES = ("temp_head.", "top_p_head.")
+_AGAIN = "export or fetch the heads again"
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -239,7 +240,11 @@ def _locate(path: Path) -> tuple[dict[Path, tuple[str, ...]], Mapping[str, Any]]
     if (path / CONFIG_FILE).exists():
         found = read_json(path / CONFIG_FILE)
         if not isinstance(found, Mapping):
-            raise WeightsError("config.json holds no object", where=str(path / CONFIG_FILE))
+            raise WeightsError(
+                "config.json holds no object",
+                where=str(path / CONFIG_FILE),
+                fix="use the config.json that came with the heads",
+            )
         config = found
     if config.get("model_type") == HEADS_MODEL_TYPE:
         if config.get("format_version", 1) != FORMAT_VERSION:
@@ -288,15 +293,16 @@ def _infer(tensors: Mapping[str, Tensor], path: Path) -> HeadsConfig:
     for head, weight in zip(HEAD_PREFIXES, (temperature, top_p), strict=True):
         present = [name for name in tensors if name.startswith(head)]
         if weight is None and present:
-            raise WeightsError(f"tensor {head}mlp.0.weight is missing", where=str(path))
+            raise WeightsError(f"tensor {head}mlp.0.weight is missing", where=str(path), fix=_AGAIN)
         if weight is not None and weight.ndim != 2:
             raise WeightsError(
                 f"tensor {head}mlp.0.weight has shape {list(weight.shape)}, a matrix is expected",
                 where=str(path),
+                fix=_AGAIN,
             )
     first = temperature if temperature is not None else top_p
     if first is None:
-        raise WeightsError("no head tensors", where=str(path))
+        raise WeightsError("no head tensors", where=str(path), fix=_AGAIN)
     width = first.shape[0]
     if temperature is None:
         # Without the temperature head d is not in the file: an odd surplus of 1 or 5 tells.
@@ -313,6 +319,7 @@ def _infer(tensors: Mapping[str, Tensor], path: Path) -> HeadsConfig:
             f"tensor top_p_head.mlp.0.weight has {top_p.shape[1]} inputs; "
             f"{d + 5} (with features) or {d + 1} are expected",
             where=str(path),
+            fix=_AGAIN,
         )
     return HeadsConfig(d, "both", surplus == 5, width)
 
@@ -366,17 +373,19 @@ def _fill(heads: DecodingHeads, tensors: Mapping[str, Tensor], path: Path) -> No
     for name in sorted(set(wanted) | set(tensors)):
         if name not in tensors or name not in wanted:
             verdict = "missing" if name not in tensors else "unknown"
-            raise WeightsError(f"tensor {name} is {verdict}", where=str(path))
+            raise WeightsError(f"tensor {name} is {verdict}", where=str(path), fix=_AGAIN)
         if tensors[name].shape != wanted[name].shape:
             raise WeightsError(
                 f"tensor {name} has shape {list(tensors[name].shape)}, "
                 f"{list(wanted[name].shape)} is expected",
                 where=str(path),
+                fix=_AGAIN,
             )
         if tensors[name].dtype not in DTYPES.values():
             raise WeightsError(
                 f"tensor {name} has dtype {tensors[name].dtype}; use {', '.join(DTYPES)}",
                 where=str(path),
+                fix="store the heads in one of these dtypes",
             )
         _check_finite(name, tensors[name], path)
     heads.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

@@ -145,10 +145,16 @@ def _base_config(base: Path) -> dict[str, Any]:
         raise WeightsError("no such base model", where=str(base), fix="check the path")
     config = read_json(base / CONFIG_FILE)
     if not isinstance(config, dict):
-        raise WeightsError("config.json holds no object", where=str(base / CONFIG_FILE))
+        raise WeightsError(
+            "config.json holds no object",
+            where=str(base / CONFIG_FILE),
+            fix="use the config.json that came with the checkpoint",
+        )
     if "autodeco" in config or config.get("model_type") == AUTODECO_MODEL_TYPE:
         raise WeightsError(
-            "the base is a merged checkpoint already", where=str(base), fix="split it first"
+            "the base is a merged checkpoint already",
+            where=str(base),
+            fix="take its base out first: autodeco split --base",
         )
     return config
 
@@ -217,7 +223,11 @@ def _write_native(
         if str(name) in (CONFIG_FILE, GENERATION_FILE):
             continue
         if name.parts[0] == NATIVE_DIRECTORY:
-            raise WeightsError("the base has a directory 'autodeco'", where=str(base / name))
+            raise WeightsError(
+                "the base has a directory 'autodeco'",
+                where=str(base / name),
+                fix="rename or remove it: the heads go there",
+            )
         tally.bring(base / name, output / name, copy=copy)
     for name in model_files(heads):
         target = output / NATIVE_DIRECTORY / name

@@ -29,12 +29,17 @@ def read_weight_map(directory: Path) -> dict[str, str]:
     index = read_json(directory / INDEX_FILE)
     table = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(table, Mapping) or not table:
-        raise WeightsError("the index has no weight_map", where=str(directory / INDEX_FILE))
+        raise WeightsError(
+            "the index has no weight_map",
+            where=str(directory / INDEX_FILE),
+            fix="fetch the checkpoint again, complete",
+        )
     for name, shard in table.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
             raise WeightsError(
                 f"tensor {name} points to {shard!r}, which is not a file of this directory",
                 where=str(directory / INDEX_FILE),
+                fix="do not use this checkpoint: its index is forged or damaged",
             )
     return dict(cast(Mapping[str, str], table))
 
@@ -154,7 +159,11 @@ def rename_tensors(source: Path, target: Path, rename: Callable[[str], str | Non
             while left:
                 block = reader.read(min(_BLOCK, left))
                 if not block:
-                    raise WeightsError("the file was cut short", where=str(source))
+                    raise WeightsError(
+                        "the file was cut short",
+                        where=str(source),
+                        fix="fetch the checkpoint again, complete",
+                    )
                 writer.write(block)
                 left -= len(block)
         return 8 + len(header) + offset

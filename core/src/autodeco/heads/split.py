@@ -54,7 +54,11 @@ def split(merged: Path, output: Path, *, base: Path | None = None) -> Path:
     loaded = load_heads(merged)
     config = read_json(merged / CONFIG_FILE)
     if not isinstance(config, dict):
-        raise WeightsError("config.json holds no object", where=str(merged / CONFIG_FILE))
+        raise WeightsError(
+            "config.json holds no object",
+            where=str(merged / CONFIG_FILE),
+            fix="use the config.json that the merge wrote",
+        )
     if base is not None:
         _write_base(merged, config, Path(base))
     native = merged / NATIVE_DIRECTORY

@@ -140,12 +140,20 @@ def load_state(path: Path) -> TrainingState:
 def _verified(path: Path) -> TrainingState:
     content = dict(read_json(path / STATE))
     if content.pop("own_sha256") != _digest(content):
-        raise WeightsError("the file is damaged", where=str(path / STATE))
+        raise WeightsError(
+            "the file is damaged",
+            where=str(path / STATE),
+            fix=_FIX,
+        )
     hashes = content.pop("sha256")
     for name in (HEADS, OPTIMIZER, CONFIG):
         with (path / name).open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != hashes[name]:
-                raise WeightsError(f"{name} is damaged", where=str(path / name))
+                raise WeightsError(
+                    f"{name} is damaged",
+                    where=str(path / name),
+                    fix=_FIX,
+                )
     return TrainingState(**content)
 
 
