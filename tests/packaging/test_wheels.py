@@ -1,0 +1,202 @@
+"""The wheels hold what they should and work without the source tree; no file names a machine."""
+
+from __future__ import annotations
+
+import email
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from email.message import Message
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DISTS = {"autodeco": ROOT / "core", "autodeco_plugin_qwen3": ROOT / "plugins" / "qwen3"}
+DEMO = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+# written so that this file does not contain what it looks for
+INDEX = "|".join(("py" + "pi", "files.python" + "hosted", "index-" + "url", "simple" + "/$"))
+ABSOLUTE = (
+    r"(?<![\w.:~-])/(" + "|".join(("wo" + "rk", "ho" + "me", "ro" + "ot", "Us" + "ers")) + r")\b"
+)
+ADDRESS = r"(?<![\d.])(?!127\.0\.0\.1)\d{1,3}(\.\d{1,3}){3}(?![\d.])"
+
+
+def run(*command: Any, cwd: Path, **environment: str) -> str:
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def version(dist: str) -> str:
+    if dist == "autodeco":
+        text = (ROOT / "core" / "src" / "autodeco" / "__init__.py").read_text()
+        return str(re.findall(r'__version__ = "(.+)"', text)[0])
+    text = (DISTS[dist] / "pyproject.toml").read_text()
+    return str(re.findall(r'(?m)^version = "(.+)"', text)[0])
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both wheels, each built from the source distribution that is built first."""
+    out = tmp_path_factory.mktemp("dist")
+    for source in DISTS.values():
+        options = ("--no-isolation", "--outdir", out)
+        run(sys.executable, "-m", "build", "-q", *options, source, cwd=out)
+    found = {path.name.split("-")[0]: path for path in out.glob("*.whl")}
+    assert set(found) == set(DISTS)
+    return found
+
+
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def info(wheel: Path, file: str) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(f".dist-info/{file}"))
+        return archive.read(name).decode()
+
+
+def metadata(wheel: Path) -> Message:
+    return email.message_from_string(info(wheel, "METADATA"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dist", list(DISTS))
+def test_wheel_holds_the_package_and_nothing_else(dist: str, wheels: dict[str, Path]) -> None:
+    held, source = names(wheels[dist]), DISTS[dist] / "src"
+    own = {name for name in held if ".dist-info/" not in name}
+    tracked = run("git", "ls-files", "-z", source, cwd=ROOT).split("\0")
+    assert own == {str((ROOT / name).relative_to(source)) for name in tracked if name}
+    assert f"{dist}/py.typed" in own
+    assert {name.split("/")[0] for name in own} == {dist}, "one top-level name: no tests, no tools"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dist", list(DISTS))
+def test_bug_wheels_came_without_the_license(dist: str, wheels: dict[str, Path]) -> None:
+    assert info(wheels[dist], "licenses/LICENSE") == (ROOT / "LICENSE").read_text()
+    assert metadata(wheels[dist])["License-Expression"] == "Apache-2.0"
+
+
+@pytest.mark.slow
+def test_plugin_wheel_holds_the_demo_checkpoint(wheels: dict[str, Path]) -> None:
+    wheel = wheels["autodeco_plugin_qwen3"]
+    assert {f"autodeco_plugin_qwen3/demo/{name}" for name in DEMO} <= names(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = [i.file_size for i in archive.infolist() if "/demo/" in i.filename]
+    assert sum(sizes) <= 2 * 2**20, "the demo model has at most 2 MB, its tokenizer included"
+
+
+@pytest.mark.slow
+def test_metadata_and_entry_points(wheels: dict[str, Path]) -> None:
+    core, plugin = (metadata(wheels[dist]) for dist in DISTS)
+    assert core["Version"] == version("autodeco")
+    assert plugin["Version"] == version("autodeco_plugin_qwen3")
+    (needed,) = plugin.get_all("Requires-Dist") or ()
+    bounds = re.fullmatch(r"autodeco<(\S+),>=(\S+)", needed)
+    assert bounds, f"{needed!r} has no lower and upper bound"
+    upper, lower = (tuple(map(int, bound.split("."))) for bound in bounds.groups())
+    assert lower <= tuple(map(int, version("autodeco").split("."))) < upper
+    needs = " ".join(core.get_all("Requires-Dist") or ())
+    assert "torch>=2.11" in needs and "transformers<6,>=5.17" in needs
+    assert "megatron" not in needs and "plugin" not in needs
+    entry_points = info(wheels["autodeco_plugin_qwen3"], "entry_points.txt")
+    assert "[autodeco.plugins]\nqwen3 = autodeco_plugin_qwen3:plugin" in entry_points
+    assert "autodeco = autodeco.cli:main" in info(wheels["autodeco"], "entry_points.txt")
+    assert metadata(wheels["autodeco"])["Requires-Python"] == ">=3.11"
+
+
+@pytest.mark.slow
+def test_wheels_work_in_a_fresh_environment(wheels: dict[str, Path], tmp_path: Path) -> None:
+    """Dependencies are lent by this environment; our own packages come from the wheels alone."""
+    import torch
+
+    place = tmp_path / "venv"
+    venv.create(place, with_pip=False)
+    python = place / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "-q")
+    run(*pip, "--no-deps", "--no-index", *wheels.values(), cwd=tmp_path)
+    (packages,) = (place / "lib").glob("python*/site-packages")
+    # A path in a .pth file is searched, but .pth files there are not read: no editable install.
+    (packages / "lent.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+    code = "import autodeco, autodeco_plugin_qwen3 as p; print(autodeco.__file__, p.__file__)"
+    files = run(python, "-c", code, cwd=tmp_path).split()
+    assert all(Path(file).is_relative_to(packages) for file in files), files
+
+    autodeco = place / "bin" / "autodeco"
+    assert version("autodeco") in run(autodeco, "--version", cwd=tmp_path)
+    (row,) = json.loads(run(autodeco, "plugin", "list", "--json", cwd=tmp_path))
+    assert (row["id"], row["dist"], row["error"]) == ("qwen3", "autodeco-plugin-qwen3", None)
+    # the built-in checkpoint is found inside the installed wheel, and read
+    options = ("--plugin", "qwen3", "--json", "--out", tmp_path / "runs")
+    told = json.loads(run(autodeco, "import", *options, cwd=tmp_path, HF_HUB_OFFLINE="1"))
+    manifest = json.loads((Path(told["run"]) / "stages" / "import.json").read_text())
+    assert Path(manifest["path"]).is_relative_to(packages)
+
+
+def tracked_files() -> list[Path]:
+    listed = run("git", "ls-files", "-z", cwd=ROOT).split("\0")
+    return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    return tracked_files()
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern"),
+    [("a package index", INDEX), ("an absolute path", ABSOLUTE), ("an address", ADDRESS)],
+    ids=lambda value: value.replace(" ", "-") if value.startswith("a") else "",
+)
+def test_no_file_names_a_machine(what: str, pattern: str, tracked: list[Path]) -> None:
+    found = []
+    for path in tracked:
+        if path.suffix == ".safetensors":
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(pattern, line, re.IGNORECASE):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert found == [], f"{what} stands in"
+
+
+def test_no_lock_file_is_tracked(tracked: list[Path]) -> None:
+    lock = re.compile(r"(\.lock|-lock\.(json|yaml)|^pylock.*\.toml|^requirements.*\.txt)$")
+    assert [path.name for path in tracked if lock.search(path.name)] == []
+
+
+def test_nothing_that_a_build_or_a_run_leaves_is_tracked(tracked: list[Path]) -> None:
+    left = {"__pycache__", "dist", "build", ".venv", "runs", ".scratch"}
+    found = [p for p in tracked if left.intersection(p.relative_to(ROOT).parts)]
+    assert found == []
+    assert [p for p in tracked if p.suffix in (".whl", ".partial", ".pyc", ".bin", ".pkl")] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "bad", "good"),
+    [
+        (INDEX, "see https://" + "py" + "pi.org/x", "a file of types"),
+        (ABSOLUTE, "open('/" + "ho" + "me/me/x')", "see docs/" + "wo" + "rk or a/" + "ho" + "me"),
+        (ADDRESS, "at 10." + "0.0.7:80", "version 6.0.12.20261113, 1.2.3"),
+    ],
+)
+def test_the_patterns_find_what_they_are_for(pattern: str, bad: str, good: str) -> None:
+    assert re.search(pattern, bad, re.IGNORECASE) and not re.search(pattern, good, re.IGNORECASE)
