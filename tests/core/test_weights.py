@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from autodeco.convert.operations import pack, unpack
 from autodeco.convert.random_checkpoint import write_random_checkpoint
 from autodeco.convert.safetensors_header import read_checkpoint, read_header
+from autodeco.convert.source import open_source
+from autodeco.engines.hf import HFEngine
 from autodeco.errors import WeightsError
+from autodeco.job import Job
 from autodeco.weights import Drop, WeightMap
 from autodeco_plugin_qwen3.family import FAMILY
 
@@ -165,3 +168,37 @@ def test_index_problems_are_refused(tmp_path: Path) -> None:
     index.unlink()
     with pytest.raises(WeightsError, match="neither"):
         read_checkpoint(tmp_path)
+
+
+def stored_twice(directory: Path, change: float = 0.0) -> Path:
+    """A tied checkpoint that holds its output layer as well, as Qwen3-0.6B on the hub does."""
+    path = write_random_checkpoint(FAMILY, FAMILY.preset("debug"), directory)
+    tensors = load_file(path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += change
+    save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_a_tied_output_layer_that_is_stored_as_well_is_taken_for_what_it_is(tmp_path: Path) -> None:
+    path = stored_twice(tmp_path / "model")
+    weights = open_source(FAMILY, Job(model=path, preset="debug"))
+    assert weights.weight_map.dropped == {
+        "lm_head.weight": "stored twice: the same tensor as model.embed_tokens.weight"
+    }
+    assert "lm_head.weight" not in weights.weight_map.source_sizes()
+    engine = HFEngine(path, torch.device("cpu"), torch.float32)
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(engine.output_weight().weight, embedding)
+
+
+def test_a_tied_output_layer_that_differs_is_an_error(tmp_path: Path) -> None:
+    path = stored_twice(tmp_path / "model", change=1.0)
+    with pytest.raises(WeightsError, match="differs from it, but config"):
+        open_source(FAMILY, Job(model=path, preset="debug"))
+
+
+def test_an_untied_model_needs_its_output_layer() -> None:
+    found = [n for n in names("8b") if n != "lm_head.weight"]
+    with pytest.raises(WeightsError, match=r"lm_head\.weight"):
+        FAMILY.weight_map.bind(FAMILY.preset("8b").shape, found)

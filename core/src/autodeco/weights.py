@@ -35,6 +35,8 @@ class Rule:
         when: Whether the rule applies to a model of this shape.
         parallel_dim: Dimension of the target that tensor parallelism splits; None: replicated.
         copies: Further places that hold the same tensor (a tied output layer on the last stage).
+        twins: Names under which a checkpoint may store the source a second time; they must be
+            equal to it, byte for byte, and are then left out.
     """
 
     kind: Kind
@@ -44,6 +46,7 @@ class Rule:
     when: Callable[[ModelShape], bool] = lambda shape: True
     parallel_dim: int | None = None
     copies: tuple[str, ...] = ()
+    twins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,14 @@ def tied(
     *,
     parallel_dim: int | None = 0,
     when: Callable[[ModelShape], bool] = _always,
+    twins: tuple[str, ...] = (),
 ) -> Rule:
-    """One source fills the target and its declared copies (tied embeddings)."""
-    return Rule("tied", (source,), target, lambda s: (size(s),), when, parallel_dim, copies)
+    """One source fills the target and its declared copies (tied embeddings).
+
+    A checkpoint may store the source a second time under the names `twins`, as many small models
+    with tied embeddings do on the hub.
+    """
+    return Rule("tied", (source,), target, lambda s: (size(s),), when, parallel_dim, copies, twins)
 
 
 @dataclass(frozen=True)
@@ -146,11 +154,13 @@ class BoundWeightMap:
         shape: The model's shape.
         rules: In the order of the layers.
         dropped: Dropped source name -> reason.
+        twins: Those of them that must equal a tensor that is mapped -> its name.
     """
 
     shape: ModelShape
     rules: tuple[BoundRule, ...]
     dropped: Mapping[str, str] = field(default_factory=dict)
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     def source_sizes(self) -> dict[str, Dims]:
         """Returns every source name that the map reads -> its shape."""
@@ -211,6 +221,8 @@ class WeightMap:
             for d in self.drops
             if re.fullmatch(d.pattern, n)
         }
+        twins = {n: b.sources[0] for b in rules for n in b.rule.twins if n in available}
+        dropped |= {n: f"stored twice: the same tensor as {of}" for n, of in twins.items()}
         missing = sorted(wanted - available)
         unknown = sorted(available - wanted - set(dropped))
         if missing:
@@ -230,7 +242,7 @@ class WeightMap:
                 fix="the plugin's weight map does not know them: map them, or drop them with a "
                 "reason",
             )
-        return BoundWeightMap(shape, rules, dropped)
+        return BoundWeightMap(shape, rules, dropped, twins)
 
 
 def _bind(rule: Rule, shape: ModelShape) -> Iterator[BoundRule]:

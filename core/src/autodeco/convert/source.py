@@ -14,6 +14,8 @@ from autodeco.hookspecs import ImportedWeights
 from autodeco.job import Job
 from autodeco.weights import BoundWeightMap
 
+_BLOCK = 16 << 20
+
 
 def open_source(family: FamilySpec, job: Job) -> ImportedWeights:
     """Proves that the weight map is total on the job's checkpoint; loads nothing.
@@ -24,7 +26,8 @@ def open_source(family: FamilySpec, job: Job) -> ImportedWeights:
 
     Raises:
         WeightsError: A shard is missing or broken, a tensor is unmapped, missing or of a wrong
-            shape, or ``config.json`` does not fit the preset.
+            shape, a tensor that is stored twice differs, or ``config.json`` does not fit the
+            preset.
     """
     if job.model is None or job.preset is None:
         raise PluginError(
@@ -45,6 +48,7 @@ def open_source(family: FamilySpec, job: Job) -> ImportedWeights:
     infos = read_checkpoint(job.model)
     bound = family.weight_map.bind(shape, infos, who=family.id, where=str(job.model))
     check_sizes(bound, infos, who=family.id)
+    check_twins(bound, infos, who=family.id)
     return ImportedWeights(job.model, "hf", bound, shape)
 
 
@@ -62,6 +66,35 @@ def check_sizes(bound: BoundWeightMap, infos: dict[str, TensorInfo], *, who: str
                 where=str(infos[name].file),
                 fix="the checkpoint does not fit its config.json: fetch it again",
             )
+
+
+def check_twins(bound: BoundWeightMap, infos: dict[str, TensorInfo], *, who: str) -> None:
+    """Compares what the checkpoint stores twice (tied embeddings), block by block.
+
+    Raises:
+        WeightsError: The two differ: ``config.json`` ties them, the checkpoint does not.
+    """
+    for name, of in bound.twins.items():
+        mine, other = infos[name], infos[of]
+        if (mine.dtype, mine.shape) != (other.dtype, other.shape) or not _equal(mine, other):
+            raise WeightsError(
+                f"{name!r} is stored beside {of!r} and differs from it, but config.json ties them",
+                who=who,
+                where=str(mine.file),
+                fix="set tie_word_embeddings to false in config.json if the model has an output "
+                "layer of its own, else fetch the checkpoint again",
+            )
+
+
+def _equal(a: TensorInfo, b: TensorInfo) -> bool:
+    with a.file.open("rb") as one, b.file.open("rb") as two:
+        one.seek(a.start)
+        two.seek(b.start)
+        for done in range(0, a.size, _BLOCK):
+            count = min(_BLOCK, a.size - done)
+            if one.read(count) != two.read(count):
+                return False
+    return True
 
 
 def built_in_checkpoint(family: FamilySpec, preset: ModelPreset, directory: Path) -> Path:

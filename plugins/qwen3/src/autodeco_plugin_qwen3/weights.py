@@ -43,7 +43,13 @@ _ATTENTION = (_HF + "self_attn.", _MC + "self_attention.")
 WEIGHT_MAP = WeightMap(
     rules=(
         copy(*_EMBEDDING, _vocabulary, parallel_dim=0, when=_untied),
-        tied(*_EMBEDDING, ("output_layer.weight",), _vocabulary, when=_tied),
+        tied(
+            *_EMBEDDING,
+            ("output_layer.weight",),
+            _vocabulary,
+            when=_tied,
+            twins=("lm_head.weight",),  # as the 0.6B on the hub
+        ),
         copy(_HF + "input_layernorm.weight", _MC + "input_layernorm.weight", _width),
         qkv(
             _ATTENTION[0] + "q_proj.weight",
