@@ -16,7 +16,7 @@ from tiny import HIDDEN, VOCABULARY, save_tiny, save_tiny_heads, tiny_heads, tin
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer
 
 import autodeco.decoding
-from autodeco.decoding.policy import SAMPLING_PARAMETERS, DecodingPolicy, heads_off_reason
+from autodeco.decoding.policy import SAMPLING_PARAMETERS
 from autodeco.errors import UsageError, WeightsError
 from autodeco.heads.files import load_heads
 from autodeco.heads.merge import merge
@@ -238,33 +238,6 @@ def test_vendor_defaults_do_not_cut(places: dict[str, Path]) -> None:
     assert len(set(out[:, -1].tolist())) > 90
 
 
-def test_rule_in_words() -> None:
-    assert heads_off_reason({}) is None
-    assert heads_off_reason(NEUTRAL) is None
-    assert heads_off_reason({"top_k": -1, "temperature": None, "top_p": 1}) is None
-    assert heads_off_reason({"temperature": 0.0}) == "temperature=0.0 was set explicitly"
-    assert heads_off_reason({}, autodeco=False) == "autodeco=False"
-    assert "greedy" in str(heads_off_reason({}, greedy=True))
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"temperature": 0.0},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"top_k": -1},
-        {"min_p": 2.0},
-        {"temperature_scale": 0.0},
-        {"top_p_scale": float("nan")},
-        {"kind": "magic"},
-    ],
-)
-def test_policy_ranges(bad: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
-        DecodingPolicy(**{"name": "p", "kind": "static", **bad})
-
-
 def test_dial(model: Any) -> None:
     plain = model(IDS, return_autodeco=True)
     turned = model(IDS, return_autodeco=True, temperature_scale=0.5, top_p_scale=3.0)
@@ -425,15 +398,3 @@ def test_heads_that_do_not_fit(places: dict[str, Path], base: Any, tmp_path: Pat
     with pytest.raises(WeightsError, match="no heads"):
         Model.from_pretrained(places["base"])
     assert set(load_heads(places["native"]).heads.state_dict()) == set(tiny_heads().state_dict())
-
-
-def test_coloured_tokens() -> None:
-    from autodeco.decoding.terminal import coloured_tokens, legend, token_style
-
-    text = coloured_tokens(["a", "\x1b[31mb", "c\n"], [0.0, 1.0, 2.0], [1.0, 0.5, 0.0])
-    assert "\x1b" not in text.plain and text.plain.endswith("c\n")
-    assert len({str(span.style) for span in text.spans}) == 3
-    assert token_style(5.0, 2.0) == token_style(2.0, 1.0)
-    assert "T" in legend().plain
-    with pytest.raises(ValueError, match="shorter"):
-        coloured_tokens(["a", "b"], [1.0], [1.0, 1.0])
