@@ -88,6 +88,24 @@ def test_a_stage_alone_is_done_again_in_the_trained_run(tmp_path: Path) -> None:
     assert config["checkpoint"] == "qwen3-debug-0-0"
 
 
+def test_bug_a_resumed_run_kept_what_was_exported_and_merged_with_other_options(
+    tmp_path: Path,
+) -> None:
+    first = run(tmp_path)
+    again = run(tmp_path, temperature_scale=0.5)
+    assert again.path == first.path
+    seconds = {row[0]: row[2] for row in again.rows}
+    assert seconds["import"] == seconds["train"] == 0.0 < seconds["export"]
+    for config in (again.path / "heads", again.path / "merged" / "autodeco"):
+        assert json.loads((config / "config.json").read_text())["temperature_scale"] == 0.5
+    third = run(tmp_path, temperature_scale=0.5, merge="autodeco")
+    seconds = {row[0]: row[2] for row in third.rows}
+    assert seconds["export"] == 0.0 < seconds["merge"]
+    assert [row[2] for row in run(tmp_path, temperature_scale=0.5, merge="autodeco").rows] == [
+        0
+    ] * 4
+
+
 def test_the_evaluation_stage_measures_and_reports(tmp_path: Path) -> None:
     stages = (*STAGES, "evaluate")
     summary = run(tmp_path, stages, evaluate_problems=3, max_new_tokens=4)

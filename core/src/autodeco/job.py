@@ -221,6 +221,12 @@ class Job:
     )
 
     checkpoint: str = _option("best", "Checkpoint to export: best, last or a step.", section="out")
+    temperature_scale: float = _option(
+        1.0, "The dial's default, stored with the exported heads.", section="out", above=0
+    )
+    top_p_scale: float = _option(
+        1.0, "The dial's default, stored with the exported heads.", section="out", above=0
+    )
     merge: str = _option(
         "native",
         "Layout of the merged checkpoint.",
@@ -230,6 +236,19 @@ class Job:
     copy: bool = _option(False, "Copy the base's weights instead of linking them.", section="out")
     problems: Path | None = _option(
         None, "Problems to evaluate on, JSONL of problem and gt.", section="evaluate"
+    )
+    problem_format: str = _option(
+        AUTO,
+        "text: a problem is already formatted; chat: it is a user's message for the chat template;"
+        " auto: chat where there is a template, unless a problem spells out a special token.",
+        section="evaluate",
+        choices=(AUTO, "text", "chat"),
+    )
+    answer_check: str = _option(
+        AUTO,
+        "How answers are compared with gt: auto (exact numbers, else text) or math-verify.",
+        section="evaluate",
+        choices=(AUTO, "math-verify"),
     )
     evaluate_problems: int = _option(256, "At most this many problems.", section="evaluate", low=1)
     evaluate_samples: int = _option(1, "Answers a problem and setting.", section="evaluate", low=1)

@@ -20,7 +20,15 @@ from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
 from autodeco.inputs import Inputs, prepare_inputs
 from autodeco.job import Job
 from autodeco.registry import Registry, Resolution
-from autodeco.run_directory import STAGES, RunDirectory, open_run, rank, record_job, world_size
+from autodeco.run_directory import (
+    STAGE_OPTIONS,
+    STAGES,
+    RunDirectory,
+    open_run,
+    rank,
+    record_job,
+    world_size,
+)
 
 _AFTER_TRAINING = frozenset({"export", "merge", "evaluate"})
 _NEEDS_MODEL = frozenset({"build", "attach", "train", "evaluate"})
@@ -192,17 +200,22 @@ class _Run:
         self.console.print(escape(f"run directory {self.directory.path}"), highlight=False)
 
     def _stage(self, stage: str) -> None:
+        if rank() != 0 and stage in _AFTER_TRAINING:
+            return
         body = getattr(self, f"_{stage}")
         memory_only = stage in ("build", "attach")
-        if self.again and rank() == 0:
-            remove(self.directory.manifest(stage))
+        options = {name: self.job.to_json()[name] for name in STAGE_OPTIONS.get(stage, ())}
+        if self.again or self._done_otherwise(stage, options):
+            for stale in (
+                STAGES[STAGES.index(stage) :] if stage == "export" else (stage,)
+            ):  # they read its heads
+                remove(self.directory.manifest(stale))
         if self.directory.done(stage) and not memory_only:
             self.console.print(f"{stage}: done before, skipped", highlight=False)
-            self._report(stage, self.directory.read_manifest(stage).get("made", ""), 0.0)
+            made = self.directory.read_manifest(stage).get("made", "")
+            self.state.rows.append((stage, made, 0.0))
             return
         if memory_only and not self._model_is_needed():
-            return
-        if rank() != 0 and stage in ("export", "merge", "evaluate"):
             return
         self.console.print(f"[bold]{stage}[/bold]", highlight=False)
         began = time.monotonic()
@@ -210,11 +223,22 @@ class _Run:
         seconds = time.monotonic() - began
         if rank() == 0 and made is not None:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            self.directory.complete(stage, seconds, made=made, peak_rss_bytes=peak, **outputs)
-        self._report(stage, made or "skipped", seconds)
+            more = {"options": options} if options else {}
+            self.directory.complete(
+                stage, seconds, made=made, peak_rss_bytes=peak, **more, **outputs
+            )
+        self.state.rows.append((stage, made or "skipped", seconds))
 
-    def _report(self, stage: str, made: str, seconds: float) -> None:
-        self.state.rows.append((stage, made, seconds))
+    def _done_otherwise(self, stage: str, options: Mapping[str, Any]) -> bool:
+        """Whether the stage was done before, with other values of the options it depends on."""
+        if not options or not self.directory.done(stage):
+            return False
+        before = self.directory.read_manifest(stage).get("options") or {}
+        changed = [name for name, value in options.items() if before.get(name) != value]
+        if changed:
+            names = ", ".join(changed)
+            self.console.print(f"{stage}: done before with another {names}", highlight=False)
+        return bool(changed)
 
     def _model_is_needed(self) -> bool:
         left = [s for s in self.wanted if s not in ("build", "attach")]
@@ -339,6 +363,8 @@ class _Run:
             samples=job.evaluate_samples,
             max_new_tokens=job.max_new_tokens,
             seed=job.evaluate_seed,
+            problem_format=job.problem_format,
+            method=job.answer_check,
             chat_template_kwargs=job.chat_template_kwargs,
         )
         self.state.evaluation = outcome

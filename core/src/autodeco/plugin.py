@@ -75,6 +75,7 @@ class FamilyPlugin:
         from autodeco.heads.files import save_heads
 
         metadata = heads_metadata(job, self.family.id, model.model.weights.path)
+        metadata |= {"temperature_scale": job.temperature_scale, "top_p_scale": job.top_p_scale}
         if model.checkpoint is not None:
             metadata["checkpoint"] = model.checkpoint
         saved = save_heads(path, model.heads, metadata=metadata, dtype=job.save_dtype)

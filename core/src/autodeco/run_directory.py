@@ -19,6 +19,20 @@ from autodeco.job import Job
 
 JOB_FILE = "job.json"
 STAGES = ("import", "build", "attach", "train", "export", "merge", "evaluate")
+# What a stage after the training depends on, beside the trained heads.
+STAGE_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "export": ("checkpoint", "save_dtype", "temperature_scale", "top_p_scale"),
+    "merge": ("merge", "copy"),
+    "evaluate": (
+        "problems",
+        "problem_format",
+        "answer_check",
+        "evaluate_problems",
+        "evaluate_samples",
+        "evaluate_seed",
+        "max_new_tokens",
+    ),
+}
 _HASH = "job_hash"
 _INPUTS = "inputs"
 

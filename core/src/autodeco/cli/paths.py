@@ -17,7 +17,7 @@ def export(
     options: Mapping[str, Any], as_json: bool, *, output: Path | None, input: Path | None
 ) -> None:
     """Writes the heads of a checkpoint as a heads directory."""
-    values = _values(options, "checkpoint", "save_dtype")
+    values = _values(options, "checkpoint", "save_dtype", "temperature_scale", "top_p_scale")
     output, source = _needed("--output", output), _needed("--input", input)
     from autodeco.heads.files import load_heads, save_heads
     from autodeco.training.checkpoint import STATE, find_checkpoint
@@ -26,7 +26,8 @@ def export(
         folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
         source = find_checkpoint(folder, values["checkpoint"])
     loaded = load_heads(source)
-    metadata = {**loaded.metadata, "checkpoint": source.name}
+    dial = {name: values[name] for name in ("temperature_scale", "top_p_scale") if name in options}
+    metadata = {**loaded.metadata, **dial, "checkpoint": source.name}
     save_heads(output, loaded.heads, metadata=metadata, dtype=values["save_dtype"])
     _say(as_json, f"{output} from {source}", output=output, checkpoint=source)
 
@@ -50,8 +51,9 @@ def evaluate(
     options: Mapping[str, Any], as_json: bool, *, output: Path | None, heads_dir: Path | None
 ) -> None:
     """Evaluates a merged checkpoint, or a base checkpoint with or without heads."""
-    names = ("model", "problems", "device", "max_new_tokens", "chat_template_kwargs")
-    values = _values(options, *names, "evaluate_problems", "evaluate_samples", "evaluate_seed")
+    names = ("model", "problems", "device", "max_new_tokens", "problem_format", "answer_check")
+    counts = ("evaluate_problems", "evaluate_samples", "evaluate_seed")
+    values = _values(options, *names, *counts, "chat_template_kwargs")
     model = _needed("--model", values["model"])
     problems = _needed("--problems", values["problems"])
     output = _needed("--output", output)
@@ -71,6 +73,8 @@ def evaluate(
         max_new_tokens=values["max_new_tokens"],
         seed=values["evaluate_seed"],
         device=values["device"],
+        problem_format=values["problem_format"],
+        method=values["answer_check"],
         chat_template_kwargs=values["chat_template_kwargs"],
     )
     if as_json:

@@ -47,7 +47,9 @@ def split(source: Path, output: Path, base: Path | None, as_json: bool) -> None:
 @click.option("--max-new-tokens", type=_COUNT, default=256, show_default=True)
 @click.option("--temperature-scale", type=float, help="Multiplier on the predicted T.")
 @click.option("--top-p-scale", type=float, help="Multiplier on the predicted P.")
-@click.option("--seed", type=_SEED, default=0, show_default=True)
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the sampling.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--chat-template-kwargs", type=JsonObject(), help="JSON for the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print tokens, T and P as JSON.")
 def generate(as_json: bool, **options: Any) -> None:
     """Generate text; each token is coloured by its temperature and top-p.

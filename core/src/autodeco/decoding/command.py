@@ -66,22 +66,37 @@ def generate_text(
     temperature_scale: float | None,
     top_p_scale: float | None,
     seed: int,
+    device: str = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> GeneratedText:
     """Samples one answer with the heads.
+
+    Args:
+        model: A merged checkpoint, or a base checkpoint.
+        heads: Heads (directory or file), when the model is a base.
+        prompt: Already formatted, or with `chat` a user's message.
+        chat: Whether the prompt goes through the chat template.
+        max_new_tokens: Longest answer.
+        temperature_scale: The dial; None: as stored with the heads.
+        top_p_scale: Likewise.
+        seed: Of the sampling.
+        device: auto, cpu, cuda or cuda:N.
+        chat_template_kwargs: For the chat template.
 
     Raises:
         WeightsError, DataError: The checkpoint, its heads or its tokenizer cannot be used.
     """
-    loaded, device = _load(model, heads)
+    loaded, chosen = _load(model, heads, device)
     tokenizer = load_tokenizer(model)
-    ids = problem_prompts([Problem(prompt, "-", None, 1)], tokenizer, chat=chat)[0]
+    asked = [Problem(prompt, "-", None, 1)]
+    ids = problem_prompts(asked, tokenizer, chat=chat, chat_template_kwargs=chat_template_kwargs)[0]
     if not ids:
         raise DataError(
             "the prompt has no token", where="--prompt", fix="give some text to go on from"
         )
     torch.manual_seed(seed)
     out = loaded.generate(
-        torch.tensor([ids], device=device),
+        torch.tensor([ids], device=chosen),
         do_sample=True,
         max_new_tokens=max_new_tokens,
         temperature_scale=temperature_scale,
@@ -127,6 +142,8 @@ def evaluate_checkpoint(
     max_new_tokens: int,
     seed: int,
     device: str = "auto",
+    problem_format: str = "auto",
+    method: str = "auto",
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> EvaluationOutcome:
     """Evaluates a merged checkpoint, or a base checkpoint with or without heads.
@@ -149,6 +166,8 @@ def evaluate_checkpoint(
         samples=samples,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        problem_format=problem_format,
+        method=method,
         chat_template_kwargs=chat_template_kwargs,
     )
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from autodeco.decoding.answers import check, require_method
 from autodeco.decoding.policy import DecodingPolicy
-from autodeco.decoding.problems import Problem, load_problems, problem_prompts
+from autodeco.decoding.problems import Problem, choose_format, load_problems, problem_prompts
 from autodeco.decoding.results import (
     GREEDY,
     HEADS,
@@ -93,7 +93,7 @@ def evaluate(
     eos_ids: Sequence[int] | None = None,
     seed: int = 1234,
     method: str = "auto",
-    chat: bool = False,
+    problem_format: str = "auto",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     rows_at_once: int | None = None,
     resamples: int = 2000,
@@ -116,7 +116,8 @@ def evaluate(
         eos_ids: tokens that end an answer; default: the tokenizer's.
         seed: of sampling and bootstrap.
         method: how answers are checked, see ``autodeco.decoding.answers``.
-        chat, chat_template_kwargs: see :func:`problem_prompts`.
+        problem_format: see :func:`autodeco.decoding.problems.choose_format`.
+        chat_template_kwargs: see :func:`problem_prompts`.
         rows_at_once: see ``sample_answers``.
         resamples: bootstrap samples.
         shown: sample answers kept for the report, of the heads (without heads, of T=1).
@@ -132,7 +133,10 @@ def evaluate(
             fix="give problems, and samples of at least 1",
         )
     prompts = problem_prompts(
-        problems, tokenizer, chat=chat, chat_template_kwargs=chat_template_kwargs
+        problems,
+        tokenizer,
+        chat=choose_format(problems, tokenizer, problem_format) == "chat",
+        chat_template_kwargs=chat_template_kwargs,
     )
     if eos_ids is None:
         eos_ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]

@@ -10,6 +10,8 @@ from typing import Any
 
 from autodeco.errors import DataError
 
+FORMATS = ("auto", "text", "chat")
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -81,6 +83,27 @@ def _problem(line: str, where: str, number: int) -> Problem:
     if not isinstance(text, str) or not text:
         raise DataError("no problem text", where=where, fix="give 'problem' or 'messages'")
     return Problem(text, str(gt), None, number)
+
+
+def choose_format(problems: Sequence[Problem], tokenizer: Any, wanted: str = "auto") -> str:
+    """Tells how a problem's text becomes a prompt.
+
+    Args:
+        problems: what will be asked.
+        tokenizer: the model's.
+        wanted: one of :data:`FORMATS`. "auto" is "chat" where the tokenizer has a chat template,
+            unless a problem spells out a special token, as text that was already formatted does.
+
+    Returns:
+        "text": taken as already formatted; "chat": a user's message for the chat template.
+    """
+    if wanted != "auto":
+        return wanted
+    if not getattr(tokenizer, "chat_template", None):
+        return "text"
+    marks = [token for token in getattr(tokenizer, "all_special_tokens", ()) if token]
+    spelled = any(mark in problem.problem for problem in problems for mark in marks)
+    return "text" if spelled else "chat"
 
 
 def problem_prompts(

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autodeco.decoding.evaluation import EvaluationResult, Problem, evaluate
+from autodeco.decoding.problems import choose_format
 from autodeco.decoding.report import write_report
 from autodeco.decoding.results import evaluation_table
 from autodeco.files import atomic_write_json, read_json
@@ -65,6 +66,9 @@ def evaluate_and_report(
         **options: See `autodeco.decoding.evaluation.evaluate`.
     """
     vendor = vendor_generation_config(base)
+    form = choose_format(problems, tokenizer, options.pop("problem_format", "auto"))
+    said = "as text that is already formatted" if form == "text" else "through the chat template"
+    console.print(f"  {len(problems)} problems, asked {said}", highlight=False)
     with _progress(console) as bar:
         task = bar.add_task("answers", total=None)
         result: EvaluationResult = evaluate(
@@ -74,6 +78,7 @@ def evaluate_and_report(
             problems,
             generation_config=vendor,
             eos_ids=eos_ids,
+            problem_format=form,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             **options,
         )

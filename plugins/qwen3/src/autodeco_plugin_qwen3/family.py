@@ -40,7 +40,15 @@ MOE = Architecture(
 )
 
 _VOCABULARY = 151936
-_RECIPE = {"max_length": 6144, "global_batch": 32, "learning_rate": 1e-3}
+_RECIPE = {
+    "max_length": 6144,
+    "global_batch": 32,
+    "epochs": 1,
+    "learning_rate": 1e-3,
+    "min_learning_rate": 1e-5,
+    "warmup_steps": 20,
+    "constant_steps": 50,
+}
 _DEMO_RECIPE = {
     "max_length": 256,
     "global_batch": 64,
@@ -50,6 +58,7 @@ _DEMO_RECIPE = {
     "save_every": 50,
     "eval_every": 25,
     "max_new_tokens": 110,
+    "problem_format": "text",
 }
 
 
@@ -62,13 +71,14 @@ def _dense(
     layout: ParallelLayout,
     *,
     tied: bool = False,
+    more_ids: tuple[str, ...] = (),
 ) -> ModelPreset:
     size = name.upper()
     return ModelPreset(
         name=name,
         architecture=DENSE.name,
         shape=ModelShape(layers, hidden, heads, 8, 128, ffn, _VOCABULARY, tied),
-        model_ids=(f"Qwen/Qwen3-{size}",),
+        model_ids=(f"Qwen/Qwen3-{size}", *more_ids),
         layout=layout,
         recipe=_RECIPE,
     )
@@ -129,7 +139,16 @@ FAMILY = FamilySpec(
         ),
         _dense("0.6b", 28, 1024, 16, 3072, ParallelLayout(gpus=1), tied=True),
         _dense("1.7b", 28, 2048, 16, 6144, ParallelLayout(gpus=1), tied=True),
-        _dense("4b", 36, 2560, 32, 9728, ParallelLayout(gpus=1), tied=True),
+        _dense(
+            "4b",
+            36,
+            2560,
+            32,
+            9728,
+            ParallelLayout(gpus=1),
+            tied=True,
+            more_ids=("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-4B-Thinking-2507"),
+        ),
         _dense("8b", 36, 4096, 32, 12288, ParallelLayout(gpus=8)),
         _dense("14b", 40, 5120, 40, 17408, ParallelLayout(tensor=2, gpus=8)),
         _dense("32b", 64, 5120, 64, 25600, ParallelLayout(tensor=2, pipeline=2, gpus=16)),
