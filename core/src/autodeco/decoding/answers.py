@@ -14,9 +14,14 @@ from autodeco.errors import EnvironmentProblem, UsageError
 
 METHODS = ("auto", "math-verify")
 
-_NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+(?:\.\d+)?)?"
+_NUMBER = (
+    r"[-+]?(?:\d+ +(?=\d+\s*/\s*\d))?"  # the whole of a mixed number
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?:\s*/\s*\d+(?:\.\d+)?)?(?:\s*\\?%)?"
+)
 _ANSWER_IS = re.compile(r"answer\s+is\s*:?", re.IGNORECASE)
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
+_PART = r"\s*(?:\{([^{}]+)\}|(\d))"
+_LATEX_FRACTION = re.compile(r"(\d\s*)?\\[dt]?frac" + _PART + _PART)
 _WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 
 
@@ -52,6 +57,7 @@ def extract_answer(text: str) -> str | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed.strip()
+    text = _plain(text)
     said = [match.end() for match in _ANSWER_IS.finditer(text)]
     if said:
         rest = text[said[-1] :].strip()
@@ -63,40 +69,65 @@ def extract_answer(text: str) -> str | None:
 
 
 def same_answer(found: str, gt: str) -> bool:
-    """Whether two answers agree: as numbers if both are, otherwise as normalised strings."""
+    """Whether two answers agree: as numbers if both are, otherwise as normalised strings.
+
+    Where only one of them has a percent sign, "50%" is both "0.5" and "50".
+    """
     a, b = as_number(found), as_number(gt)
-    if a is not None and b is not None:
-        return a == b
-    return _normalise(found) == _normalise(gt)
+    if a is None or b is None:
+        return _normalise(found) == _normalise(gt)
+    one, other = (_strip(text).endswith("%") for text in (found, gt))
+    return a == b or (one != other and a * 100**one == b * 100**other)
 
 
 def find_numbers(text: str) -> list[str]:
-    """The numbers in ``text``, in order; a minus sign between two words or digits is none."""
+    """The numbers in ``text``, in order.
+
+    A minus sign right behind a word, and one between two numbers, is none ("well-3", "5 -3").
+    """
     found = []
     for match in re.finditer(_NUMBER, text):
         number = match.group()
-        if not any(c.isdigit() for c in number):
-            continue
-        before = text[: match.start()].rstrip()[-1:]
-        if number[0] in "+-" and (before.isalnum() or before == ")"):
-            number = number[1:]
+        if number[0] in "+-":
+            before = text[: match.start()]
+            last = before.rstrip()[-1:]
+            if before[-1:].isalnum() or last.isdigit() or last == ")":
+                number = number[1:]
         found.append(number)
     return found
 
 
 def as_number(text: str) -> Fraction | None:
     """The exact value of a number, a fraction or a percentage; None if ``text`` is neither."""
-    text = _LATEX_FRACTION.sub(r"\1/\2", _strip(text))
+    text = _plain(_strip(text))
     percent = text.endswith("%")
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.rstrip("%")).replace(" ", "")
-    parts = text.split("/")
-    if len(parts) > 2 or not all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", part) for part in parts):
-        return None
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.rstrip("%").strip())
+    text = re.sub(r"\s*/\s*", "/", text)
     try:
-        value = Fraction(parts[0]) / (Fraction(parts[1]) if len(parts) == 2 else 1)
-    except ZeroDivisionError:
+        mixed = re.fullmatch(r"([-+]?)\s*(\d+) +(\d+)/(\d+)", text)
+        if mixed is not None:
+            sign, whole, top, bottom = mixed.groups()
+            value = Fraction(f"{sign}1") * (int(whole) + Fraction(int(top), int(bottom)))
+        else:
+            parts = text.replace(" ", "").split("/")
+            good = all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", part) for part in parts)
+            if len(parts) > 2 or not good:
+                return None
+            value = Fraction(parts[0]) / (Fraction(parts[1]) if len(parts) == 2 else 1)
+    except (ZeroDivisionError, ValueError):  # ValueError: Python reads no number of 5,000 digits
         return None
     return value / 100 if percent else value
+
+
+def _plain(text: str) -> str:
+    """LaTeX fractions as a/b (with a whole number before it "n a/b"), one kind of minus sign."""
+
+    def fraction(match: re.Match[str]) -> str:
+        whole, *parts = match.groups()
+        top, bottom = (part for part in parts if part is not None)
+        return f"{whole.rstrip()} {top}/{bottom}" if whole else f"{top}/{bottom}"
+
+    return _LATEX_FRACTION.sub(fraction, text.replace("\N{MINUS SIGN}", "-").replace("{,}", ","))
 
 
 def _strip(text: str) -> str:
@@ -105,7 +136,7 @@ def _strip(text: str) -> str:
 
 
 def _normalise(text: str) -> str:
-    text = _LATEX_FRACTION.sub(r"\1/\2", _strip(text)).replace("\\left", "").replace("\\right", "")
+    text = _plain(_strip(text)).replace("\\left", "").replace("\\right", "")
     return re.sub(r"\s+", "", text).casefold()
 
 
@@ -130,4 +161,7 @@ def _math_verify(text: str, gt: str) -> bool:
             "math-verify is not installed",
             fix="pip install 'autodeco[eval]', or check answers with the method auto",
         ) from error
+    # Bare LaTeX is not read as such: without dollars "2\sqrt{3}" would be 2.
+    if not any(mark in gt for mark in ("$", "\\boxed", "\\(", "\\[")):
+        gt = f"${gt}$"
     return bool(verify(parse(gt), parse(text)))

@@ -161,11 +161,11 @@ def evaluate(
     answers = _first_pass(plan, sampling, samples)
     results = [_setting(p, role, a, judge) for (p, role), a in zip(plan, answers, strict=True)]
     roles = [role for _, role in plan]
-    example = roles.index(HEADS) if HEADS in roles else len(roles) - 1
+    example = _example(plan)
     if heads is not None:
         policy = _mean_shift(answers[_reference(plan)])
         shifted = sampling([policy], samples)[0]
-        results.insert(example, _setting(policy, MEAN_SHIFT, shifted, judge))
+        results.insert(roles.index(HEADS), _setting(policy, MEAN_SHIFT, shifted, judge))
     results = with_comparisons(results, seed=seed, resamples=resamples)
     return EvaluationResult(
         settings=tuple(results),
@@ -235,6 +235,14 @@ def _reference(plan: Sequence[tuple[DecodingPolicy, str]]) -> int:
     heads = [(n, policy) for n, (policy, role) in enumerate(plan) if role == HEADS]
     plain = [n for n, p in heads if p.temperature_scale == 1 and p.top_p_scale == 1]
     return plain[0] if plain else heads[0][0]
+
+
+def _example(plan: Sequence[tuple[DecodingPolicy, str]]) -> int:
+    """Whose answers the report shows: the heads as trained, without heads T=1, else the last."""
+    if any(role == HEADS for _, role in plan):
+        return _reference(plan)
+    plain = [n for n, (policy, _) in enumerate(plan) if policy == static_policy(1.0)]
+    return plain[0] if plain else len(plan) - 1
 
 
 def _mean_shift(answers: Sequence[Answer]) -> DecodingPolicy:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from autodeco.errors import DataError
+from autodeco.errors import DataError, UsageError
+from autodeco.training.tokenization import tokenize_prompt
 
 FORMATS = ("auto", "text", "chat")
 
@@ -57,16 +60,25 @@ def load_problems(path: Path, *, limit: int | None = None) -> list[Problem]:
 def _problem(line: str, where: str, number: int) -> Problem:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
         raise DataError(
-            f"malformed JSON: {error.msg}",
-            where=f"{where}:{error.colno}",
+            "the text holds half a character (a \\ud800..\\udfff escape without its pair)",
+            where=where,
+            fix="write the whole character, or remove it",
+        ) from error
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
+        raise DataError(
+            f"malformed JSON: {getattr(error, 'msg', error)}",
+            where=f"{where}:{getattr(error, 'colno', 1)}",
             fix="write one JSON object a line",
         ) from error
     if not isinstance(record, dict):
         raise DataError("not a JSON object", where=where, fix="write one JSON object a line")
     gt = record.get("gt")
-    if isinstance(gt, bool) or not isinstance(gt, str | int | float) or str(gt).strip() == "":
+    if isinstance(gt, float) and math.isfinite(gt):
+        gt = f"{Decimal(str(gt)):f}"  # 0.00001, where str() says 1e-05
+    if isinstance(gt, bool | float) or not isinstance(gt, str | int) or str(gt).strip() == "":
         raise DataError(
             "no ground truth", where=where, fix="give 'gt', the right answer, as text or number"
         )
@@ -96,7 +108,14 @@ def choose_format(problems: Sequence[Problem], tokenizer: Any, wanted: str = "au
 
     Returns:
         "text": taken as already formatted; "chat": a user's message for the chat template.
+
+    Raises:
+        UsageError: `wanted` is none of them.
     """
+    if wanted not in FORMATS:
+        raise UsageError(
+            f"unknown problem format {wanted!r}", fix=f"use one of {', '.join(FORMATS)}"
+        )
     if wanted != "auto":
         return wanted
     if not getattr(tokenizer, "chat_template", None):
@@ -119,7 +138,7 @@ def problem_prompts(
     formatted (no second BOS), or with ``chat`` as a user's message.
 
     Raises:
-        DataError: The tokenizer has no chat template and one is needed.
+        DataError: The tokenizer has no chat template and one is needed, or it refuses messages.
     """
     prompts: list[list[int]] = []
     for problem in problems:
@@ -133,16 +152,21 @@ def problem_prompts(
                     where=f"problem of line {problem.line}",
                     fix="give the formatted text as 'problem'",
                 )
-            text = tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=True,
-                **dict(chat_template_kwargs or {}),
-            )
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=True,
+                    **dict(chat_template_kwargs or {}),
+                )
+            except Exception as error:  # a template may raise anything
+                raise DataError(
+                    f"the chat template refuses the messages: {error}",
+                    where=f"problem of line {problem.line}",
+                    fix="check roles, contents and --chat-template-kwargs",
+                ) from error
             prompts.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
         else:
-            bos = getattr(tokenizer, "bos_token", None)
-            spelled = bool(bos) and problem.problem.startswith(str(bos))
-            ids = tokenizer(problem.problem, add_special_tokens=not spelled)["input_ids"]
-            prompts.append(list(ids))
+            eos = getattr(tokenizer, "eos_token_id", None)
+            prompts.append(tokenize_prompt(tokenizer, problem.problem, () if eos is None else [eos]))
     return prompts

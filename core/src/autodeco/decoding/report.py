@@ -122,6 +122,8 @@ def accuracy_entropy_plot(result: EvaluationResult) -> str:
     ):
         turned = sorted(_spot(s) for s in heads if getattr(s.policy, other) == 1)
         series.append(Series(name, turned, colour, line=True, dashed=dashed))
+    both = [_spot(s) for s in heads if s.policy.temperature_scale != 1 != s.policy.top_p_scale]
+    series.append(Series("heads, both dials", both, COLOURS[5]))
     shift = [_spot(s) for s in result.by_role(MEAN_SHIFT)]
     series.append(Series("mean shift", shift, COLOURS[1], marker="cross"))
     return svg(

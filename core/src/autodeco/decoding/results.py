@@ -256,9 +256,10 @@ def evaluation_table(result: EvaluationResult) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column(COLUMNS[0], overflow="ellipsis", no_wrap=True)
+    table.add_column(COLUMNS[0])  # the one that gives way where the terminal is narrow
+    widest = {"95 %": "0.000-0.000", "vs curve, points": "+10.0 [+10.0, +10.0] *"}
     for name in COLUMNS[1:_ON_SCREEN]:
-        width = len("0.000-0.000") if name == "95 %" else len(name)
+        width = len(widest.get(name, name))
         table.add_column(name, justify="right", no_wrap=True, min_width=width)
     for setting in result.settings:
         row = table_row(setting)[:_ON_SCREEN]

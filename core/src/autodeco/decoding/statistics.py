@@ -123,8 +123,9 @@ class StaticCurve:
     def entropy_at(self, accuracy: float) -> tuple[float, bool]:
         """The highest entropy with that accuracy or more, and whether the curve crosses it there.
 
-        A curve that never gets so accurate gives the entropy of its most accurate point, one that
-        is more accurate even at its right end gives that end; both are flagged False.
+        A curve that never gets so accurate gives the entropy of its most accurate point (of equals
+        the rightmost), one that is more accurate even at its right end gives that end; both are
+        flagged False.
         """
         e, a = self.entropy, self.accuracy
         if a[-1] >= accuracy:
@@ -133,7 +134,7 @@ class StaticCurve:
             if a[i] >= accuracy:
                 share = (a[i] - accuracy) / (a[i] - a[i + 1])
                 return float(e[i] + share * (e[i + 1] - e[i])), True
-        return float(e[int(np.argmax(a))]), False
+        return float(e[len(a) - 1 - int(np.argmax(a[::-1]))]), False
 
 
 @dataclass(frozen=True)

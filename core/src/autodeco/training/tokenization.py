@@ -102,31 +102,29 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Tokenizes an already formatted prompt; a BOS that it spells out is not doubled."""
+def tokenize_prompt(tokenizer: Any, prompt: str, eos: Sequence[int] = ()) -> list[int]:
+    """Tokenizes an already formatted prompt; a BOS that it spells out is not doubled.
+
+    A tokenizer's own trailing special token (as BERT's), one of `eos`, is taken off.
+    """
     bos = getattr(tokenizer, "bos_token", None)
     spelled = bool(bos) and prompt.startswith(str(bos))
-    return list(tokenizer(prompt, add_special_tokens=not spelled)["input_ids"])
+    ids = list(tokenizer(prompt, add_special_tokens=not spelled)["input_ids"])
+    while len(ids) > 1 and ids[-1] in eos and not _ends_with_token(tokenizer, prompt, ids[-1]):
+        ids.pop()
+    return ids
 
 
 def tokenize_text(tokenizer: Any, prompt: str, completion: str, eos: Sequence[int]) -> Tokenized:
     """Tokenizes prompt and completion apart, as generation does.
 
     Tokenizing them together would merge characters across the boundary into tokens that a model
-    which was given the prompt can never produce. A tokenizer's own trailing special token (as
-    BERT's) is not part of a prompt and is taken off.
+    which was given the prompt can never produce.
 
     Raises:
         DataError: The prompt or the completion has no token.
     """
-    head = tokenize_prompt(tokenizer, prompt)
-    while (
-        head
-        and len(head) > 1
-        and head[-1] in eos
-        and not _ends_with_token(tokenizer, prompt, head[-1])
-    ):
-        head.pop()
+    head = tokenize_prompt(tokenizer, prompt, eos)
     tail = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     if not tail:
         raise DataError("the completion has no token", fix="remove the line")
