@@ -130,25 +130,6 @@ def test_one_step_has_the_predicted_distribution(model: Any, base: Any) -> None:
     assert stats.chisquare(pooled_seen[keep], pooled[keep]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "llama"])
-@pytest.mark.parametrize("layout", ["native", "autodeco", "base and heads"])
-def test_loads_and_greedy_is_untouched(tmp_path: Path, family: str, layout: str) -> None:
-    stock = tiny_model(family)
-    base = save_tiny(stock, tmp_path / "base", "15KB")
-    heads = save_tiny_heads(tmp_path / "heads", base)
-    if layout == "base and heads":
-        model = Model.from_pretrained(base, heads=heads)
-    else:
-        model = Model.from_pretrained(merge(base, heads, tmp_path / "m", layout=layout).path)
-    assert isinstance(model, Model) and isinstance(model, type(stock))
-    assert torch.equal(model(IDS).logits, stock(IDS).logits)
-    for settings in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
-        a = model.generate(IDS, max_new_tokens=8, **settings)
-        assert torch.equal(a, stock.generate(IDS, max_new_tokens=8, **settings))
-    out = model.generate(IDS, max_new_tokens=4, return_autodeco=True)
-    assert out.temperature.shape == out.top_p.shape == (2, 4)
-
-
 def test_auto_class_knows_the_autodeco_layout(places: dict[str, Path]) -> None:
     assert isinstance(AutoModelForCausalLM.from_pretrained(places["autodeco"]), Model)
     assert not isinstance(AutoModelForCausalLM.from_pretrained(places["native"]), Model)
@@ -268,28 +249,6 @@ def test_warp_in_forward(model: Any, base: Any) -> None:
     assert torch.equal(loss, base(IDS, labels=IDS).loss)
 
 
-@pytest.mark.parametrize(
-    ("which", "attribute"), [("temperature", "top_p"), ("top-p", "temperature")]
-)
-def test_missing_head_is_one(tmp_path: Path, which: str, attribute: str) -> None:
-    base = save_tiny(tiny_model(), tmp_path / "base")
-    heads = save_tiny_heads(tmp_path / "heads", base, heads=which)
-    for layout in ("native", "autodeco"):
-        path = merge(base, heads, tmp_path / layout, layout=layout).path
-        out = Model.from_pretrained(path).generate(IDS, max_new_tokens=5, return_autodeco=True)
-        assert (out[attribute] == 1).all()
-        other = {"top_p": "temperature", "temperature": "top_p"}[attribute]
-        assert (out[other] != 1).all()
-
-
-def test_plain_features_decode(tmp_path: Path) -> None:
-    base = save_tiny(tiny_model(), tmp_path / "base")
-    heads = save_tiny_heads(tmp_path / "heads", base, enhanced=False)
-    model = Model.from_pretrained(base, heads=heads)
-    out = model.generate(IDS, max_new_tokens=5, return_autodeco=True)
-    assert ((out.top_p > 0) & (out.top_p < 1)).all()
-
-
 def test_heads_run_only_when_asked(
     places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,6 +330,16 @@ def test_end_of_sequence_and_several_sequences(places: dict[str, Path]) -> None:
     out = model.generate(IDS, max_new_tokens=30, num_return_sequences=3, return_autodeco=True)
     assert out.sequences.shape[0] == out.temperature.shape[0] == 6
     assert out.temperature.shape[1] == out.sequences.shape[1] - 10 < 30
+
+
+def test_bug_a_minimum_length_ruled_out_the_whole_nucleus(places: dict[str, Path]) -> None:
+    model = Model.from_pretrained(places["native"])
+    first = int(model.generate(IDS[:1], max_new_tokens=1, top_p_scale=1e-6)[0, -1])
+    model.generation_config.eos_token_id = first  # the one token of the first nucleus
+    settings: dict[str, Any] = {"max_new_tokens": 6, "top_p_scale": 1e-6}
+    assert model.generate(IDS[:1], **settings).shape[1] == 11
+    out = model.generate(IDS[:1], min_new_tokens=6, **settings)
+    assert out.shape[1] == 16 and first not in out[0, 10:].tolist()
 
 
 def test_what_is_refused(model: Any, tmp_path: Path) -> None:

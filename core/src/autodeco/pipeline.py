@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -222,11 +221,8 @@ class _Run:
         made, outputs = body()
         seconds = time.monotonic() - began
         if rank() == 0 and made is not None:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             more = {"options": options} if options else {}
-            self.directory.complete(
-                stage, seconds, made=made, peak_rss_bytes=peak, **more, **outputs
-            )
+            self.directory.complete(stage, seconds, made=made, **more, **outputs)
         self.state.rows.append((stage, made or "skipped", seconds))
 
     def _done_otherwise(self, stage: str, options: Mapping[str, Any]) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,7 +64,7 @@ class RunDirectory:
         return dict(read_json(self.manifest(stage)))
 
     def complete(self, stage: str, seconds: float, **outputs: Any) -> None:
-        """Marks a stage as done, with what it made and the versions that made it."""
+        """Marks a stage as done: what it made, with which versions, and peak memory so far."""
         atomic_write_json(
             self.manifest(stage),
             {
@@ -70,6 +72,7 @@ class RunDirectory:
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": round(seconds, 3),
                 "versions": versions(),
+                **peak_memory(),
                 **outputs,
             },
         )
@@ -78,6 +81,17 @@ class RunDirectory:
     def finished(self) -> bool:
         """Returns whether every stage is done."""
         return all(self.done(stage) for stage in STAGES)
+
+
+def peak_memory() -> dict[str, int]:
+    """Returns the most bytes that this process has held so far, on the host and on its GPU."""
+    # kilobytes, but bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    torch = sys.modules.get("torch")  # nothing is on a GPU before it is imported
+    if torch is not None and torch.cuda.is_initialized():
+        peak["peak_gpu_bytes"] = int(torch.cuda.max_memory_allocated())
+    return peak
 
 
 def versions() -> dict[str, str]:

@@ -109,8 +109,9 @@ class AutoDecoModelForCausalLM(GenerationHooks):
         """The base model's forward; the heads run only when asked for.
 
         Args:
-            autodeco_warp: logits come back as float32 z/T with tokens outside the nucleus -inf,
-                and the output has `temperature` and `top_p`, float32 [batch, positions].
+            autodeco_warp: logits come back as float32 z/T, tokens outside the nucleus lowered by
+                1e4 (probability 0; generate() may rule out others, as by min_new_tokens, and must
+                find one), and the output has `temperature` and `top_p`, float32 [batch, positions].
             return_autodeco: `temperature` and `top_p` are there, the logits stay raw.
             temperature_scale, top_p_scale: the dial; default: as stored with the heads.
         """
@@ -127,7 +128,7 @@ class AutoDecoModelForCausalLM(GenerationHooks):
         t, p = self._predict(box, out.logits, temperature_scale, top_p_scale)
         if autodeco_warp:
             flat = out.logits.flatten(0, -2)
-            out.logits = warp(flat, t.flatten(), p.flatten()).view_as(out.logits)
+            out.logits = warp(flat, t.flatten(), p.flatten(), soft=True).view_as(out.logits)
         out["temperature"], out["top_p"] = t, p
         return out.to_tuple() if as_tuple else out
 
@@ -220,8 +221,7 @@ class AutoDecoModelForCausalLM(GenerationHooks):
         out = parent.generate(
             inputs, generation_config, *args, autodeco_trace=trace, **call, **kwargs
         )
-        new = sum(t.shape[1] for t in trace.temperature)
-        length = min(new, out.sequences.shape[1])
+        length = out.sequences.shape[1] - _prompt_length(inputs, kwargs)
         out["temperature"] = torch.cat(trace.temperature, dim=1)[:, :length]
         out["top_p"] = torch.cat(trace.top_p, dim=1)[:, :length]
         return out
@@ -237,6 +237,14 @@ class AutoDecoModelForCausalLM(GenerationHooks):
             fix="save heads with autodeco.heads.files.save_heads, and merge them into the base "
             "with `autodeco merge`",
         )
+
+
+def _prompt_length(inputs: Any, kwargs: Mapping[str, Any]) -> int:
+    """Tokens of the prompt in what generate() returns: none where it was given as embeddings."""
+    ids = kwargs.get("input_ids") if inputs is None else inputs
+    if ids is not None:
+        return int(ids.shape[1])
+    return 0 if kwargs.get("inputs_embeds") is not None else 1  # nothing given: it begins with BOS
 
 
 def _load_renamed(path: str | Path, config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -120,9 +121,15 @@ def choose_format(problems: Sequence[Problem], tokenizer: Any, wanted: str = "au
         return wanted
     if not getattr(tokenizer, "chat_template", None):
         return "text"
-    marks = [token for token in getattr(tokenizer, "all_special_tokens", ()) if token]
-    spelled = any(mark in problem.problem for problem in problems for mark in marks)
+    spelled = any(mark in problem.problem for problem in problems for mark in _marks(tokenizer))
     return "text" if spelled else "chat"
+
+
+def _marks(tokenizer: Any) -> set[str]:
+    """The special tokens, those that have no name in the tokenizer ("<|start|>") among them."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    found = {t.content for t in added.values() if t.special or re.fullmatch("<.+>", t.content)}
+    return {token for token in found.union(getattr(tokenizer, "all_special_tokens", ())) if token}
 
 
 def problem_prompts(
@@ -168,5 +175,7 @@ def problem_prompts(
             prompts.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
         else:
             eos = getattr(tokenizer, "eos_token_id", None)
-            prompts.append(tokenize_prompt(tokenizer, problem.problem, () if eos is None else [eos]))
+            prompts.append(
+                tokenize_prompt(tokenizer, problem.problem, () if eos is None else [eos])
+            )
     return prompts

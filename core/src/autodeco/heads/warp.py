@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 TEMPERATURE_FLOOR = 1e-4
+#: exp(-SOFT_CUT) is 0 in float32, yet a token that was lowered by it is still there to choose when
+#: everything in the nucleus has been ruled out.
+SOFT_CUT = 1e4
 _HEAD = 1024
 
 
@@ -62,17 +65,23 @@ def _first(x: Tensor, head: Tensor, count: Tensor) -> Tensor:
     return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))
 
 
-def warp(logits: Tensor, temperature: Tensor, top_p: Tensor) -> Tensor:
+def warp(logits: Tensor, temperature: Tensor, top_p: Tensor, *, soft: bool = False) -> Tensor:
     """Divide each row by its T and rule out what lies behind its nucleus.
 
     Args:
         logits: [m, V], any float dtype.
         temperature: [m] in (0, 2) (any positive number is taken), floored at 1e-4.
         top_p: [m]; a row with P >= 1 is only divided.
+        soft: lower the tokens outside by `SOFT_CUT`, which gives them the probability 0 as well, so
+            that what rules out tokens later (a minimum length, bad words) cannot leave nothing.
 
     Returns:
-        float32 [m, V]: z/T in the nucleus, -inf elsewhere. At least one token a row is finite.
+        float32 [m, V]: z/T in the nucleus, -inf (or z/T - `SOFT_CUT`) elsewhere. At least one token
+        a row is finite.
     """
     t = temperature.float().clamp_min(TEMPERATURE_FLOOR).unsqueeze(-1)
     keep = nucleus_mask(logits, temperature, top_p)
-    return (logits.float() / t).masked_fill_(~keep, float("-inf"))
+    scaled = logits.float() / t
+    if soft:
+        return torch.where(keep, scaled, scaled - SOFT_CUT)
+    return scaled.masked_fill_(~keep, float("-inf"))
