@@ -46,9 +46,9 @@ from autodeco.decoding.statistics import Array, compare_with_curve, upper_hull
 from autodeco.files import atomic_write_json, atomic_write_text
 from autodeco.heads.files import load_heads
 from autodeco.heads.modules import DecodingHeads
-from autodeco.inputs import eos_token_ids
 from autodeco.registry import Registry
 from autodeco.training.checkpoint import find_checkpoint
+from autodeco.training.tokenization import eos_token_ids
 
 TEMPERATURES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 TOP_PS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

@@ -42,10 +42,10 @@ def make(size: tuple[int, int, int], dtype: torch.dtype, device: str) -> tuple[A
     g = torch.Generator(device).manual_seed(0)
     h = torch.randn(tokens, d, device=device, generator=g).to(dtype)
     w = torch.empty(vocab, d, device=device, dtype=dtype)
-    for rows in w.split(8192):
+    for rows in torch.split(w, 8192):
         rows.copy_(torch.randn(rows.shape, device=device, generator=g) * (6 / d**0.5))
     labels = []
-    for part in h.split(128):
+    for part in torch.split(h, 128):
         z = (part @ w.T).float()
         noise = torch.empty_like(z).exponential_(generator=g).log_()
         labels.append((z - noise).argmax(-1))
@@ -85,7 +85,7 @@ def step_of(form: str, hidden: Any, output: Any, heads: Any) -> Callable[[], Non
 
     def step_eager() -> None:
         heads.zero_grad()
-        eager(heads, hidden, output.weight).backward()
+        eager(heads, hidden, output.weight).backward()  # type: ignore[no-untyped-call]
 
     def ours() -> None:
         heads.zero_grad()
@@ -109,7 +109,9 @@ def resident_mib(reset: bool = False) -> float:
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found is not None, "no VmHWM in /proc/self/status"
+    return int(found[1]) / 1024
 
 
 def measure(
@@ -122,7 +124,7 @@ def measure(
     try:
         if cuda:
             torch.cuda.empty_cache()
-            before = torch.cuda.memory_allocated()
+            before: float = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         else:
             before = resident_mib(reset=True)
@@ -167,9 +169,9 @@ def main() -> None:
     args = parser.parse_args()
     devices = [args.device] if args.device else ["cpu"] + ["cuda"] * torch.cuda.is_available()
     for device in devices:
-        sizes = CUDA_SIZES if device == "cuda" else CPU_SIZES
+        sizes = list(CUDA_SIZES if device == "cuda" else CPU_SIZES)
         if args.size:
-            sizes = tuple(tuple(int(n) for n in s.split(",")) for s in args.size)
+            sizes = [(int(m), int(d), int(v)) for m, d, v in (s.split(",") for s in args.size)]
         dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
         for size in sizes:
             result = {}

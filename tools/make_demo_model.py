@@ -138,7 +138,7 @@ def train(model: Any, tokenizer: PreTrainedTokenizerFast, options: argparse.Name
         target = labels[:, 1:]
         kept = target >= 0
         losses = torch.nn.functional.cross_entropy(logits[kept], target[kept], reduction="none")
-        losses.mean().backward()
+        losses.mean().backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
