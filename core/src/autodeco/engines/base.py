@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -56,11 +56,14 @@ class OutputWeight:
         weight: [V_local, d] in the backbone's dtype.
         first_token: The token id of row 0.
         vocab_size: V, over all ranks.
+        group: The process group whose ranks hold the other rows, in the order of their ids; None:
+            the weight is whole.
     """
 
     weight: Tensor
     first_token: int
     vocab_size: int
+    group: Any = None
 
 
 class Engine(Protocol):

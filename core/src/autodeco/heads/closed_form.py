@@ -6,8 +6,8 @@ outlives a call, and V values are sorted only for rows whose head of the distrib
 Notation: z logits, x = z - max z, p = softmax(z/T), E = sum p x, y the label.
 
 Each quantity over the vocabulary is a maximum, a plain sum (total, energy, ...) or a merge of the
-largest values, so with the vocabulary split over ranks each is one all-reduce of a few numbers
-a row.
+largest values, so with the vocabulary split over ranks (`Vocabulary`) each is one exchange of a few
+numbers a row.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from autodeco.heads.vocabulary import Vocabulary
 
 _GROUP = 16
 
@@ -27,11 +29,19 @@ class Workspace:
         logits: [rows, V] in the logits' dtype.
         kernel: whether one kernel takes the sums; else plain torch does, with
         x, e, g: [rows, V] scratch in the dtype of the sums.
+        vocabulary: which tokens the columns stand for.
     """
 
     def __init__(
-        self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device, slopes: bool = True
+        self,
+        rows: int,
+        vocab: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        slopes: bool = True,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
+        self.vocabulary = vocabulary or Vocabulary(vocab)
         wide = torch.promote_types(dtype, torch.float32)
         self.logits = torch.empty(rows, vocab, dtype=dtype, device=device)
         self.kernel = has_kernel(device, dtype)
@@ -82,12 +92,17 @@ class Order:
         return self.head.shape[-1] == self.vocab
 
 
-def order_of(logits: Tensor, label: Tensor, width: int) -> Order:
+def order_of(
+    logits: Tensor, label: Tensor, width: int, vocabulary: Vocabulary | None = None
+) -> Order:
     """Find the ``width`` largest of the logits [n, V] and the label [n] among them."""
+    vocabulary = vocabulary or Vocabulary(logits.shape[-1])
     wide = torch.promote_types(logits.dtype, torch.float32)
-    vocab = logits.shape[-1]
-    values, ids = largest(logits, min(width, vocab))
-    label_logit = logits.gather(-1, label.unsqueeze(-1))
+    vocab = vocabulary.size
+    values, ids = largest(logits, min(width, logits.shape[-1]))
+    if vocabulary.group is not None:
+        values, ids = _merged(values, ids, min(width, vocab), vocabulary)
+    label_logit = vocabulary.label_logit(logits, label)
     before = (values > label_logit) | ((values == label_logit) & (ids < label.unsqueeze(-1)))
     rank = before.sum(-1)
     if values.shape[-1] < vocab:
@@ -95,6 +110,16 @@ def order_of(logits: Tensor, label: Tensor, width: int) -> Order:
         rank = torch.where(label_logit[:, 0] > values[:, -1], rank, -1)
     peak = values[:, :1].to(wide)
     return Order(vocab, label, peak, values - peak, rank, (label_logit - peak)[:, 0])
+
+
+def _merged(
+    values: Tensor, ids: Tensor, width: int, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """The ``width`` largest of all ranks, from each rank's own."""
+    everyone = vocabulary.gather(values).movedim(0, 1).flatten(1)
+    names = vocabulary.gather(ids + vocabulary.first).movedim(0, 1).flatten(1)
+    top = torch.topk(everyone, width, dim=-1)
+    return top.values, names.gather(-1, top.indices)
 
 
 def largest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +188,12 @@ def moments(
     else:
         plain = _sums_over_vocabulary(logits, peak, temperature, work, features, slopes, base)
         total, energy, square, spread, cross, base_sum = plain
-    v = logits.shape[-1]
+    v = work.vocabulary.size
+    if work.vocabulary.group is not None:
+        sums = work.vocabulary.gather(
+            torch.stack((total, energy, square, spread, cross, base_sum))
+        ).movedim(0, 1)
+        total, energy, square, spread, cross, base_sum = _combined(sums)
     return Moments(
         temperature,
         total,
@@ -174,6 +204,27 @@ def moments(
         spread / total if slopes else None,
         -2.0 * cross / (total * temperature) ** 2 / max(1, v - 1) if slopes else None,
         base_sum if base else None,
+    )
+
+
+def _combined(parts: Tensor) -> tuple[Tensor, ...]:
+    """Sums of several slices of the vocabulary, [6, slices, n], as those of the whole.
+
+    Central moments move to the common mean by adding what the shift brings, so that, as within a
+    slice, nothing is a difference of squares (Chan, Golub and LeVeque, "Updating formulae and a
+    pairwise algorithm for computing sample variances", 1979).
+    """
+    total, energy, square, spread, cross, base = parts
+    whole = total.sum(0)
+    mean = (total * energy).sum(0) / whole
+    shift = energy - mean
+    return (
+        whole,
+        mean,
+        square.sum(0),
+        (spread + total * shift * shift).sum(0),
+        (cross + square * shift).sum(0),
+        base.sum(0),
     )
 
 

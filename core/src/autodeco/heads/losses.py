@@ -64,10 +64,10 @@ def see(
         mass: whether the label's cumulative mass is needed.
         base: whether the frozen model's own probability is needed.
     """
-    order = order_of(logits, label, first_width(logits.shape[-1]))
+    order = order_of(logits, label, first_width(work.vocabulary.size), work.vocabulary)
     wanted = {"features": features, "slopes": slopes, "base": base}
     at = moments(logits, order.peak, temperature, work, **wanted)
-    return Seen(order, at, tail_mass(logits, order, at) if mass else None)
+    return Seen(order, at, tail_mass(logits, order, at, work.vocabulary) if mass else None)
 
 
 def join(parts: list[Seen]) -> Seen:

@@ -26,6 +26,7 @@ from autodeco.heads.modules import TOP_SUM, DecodingHeads
 from autodeco.heads.random import keep_mask
 from autodeco.heads.soft_mask import Look, first_width
 from autodeco.heads.variants import OBJECTIVES, Objective
+from autodeco.heads.vocabulary import Vocabulary
 
 __all__ = ["OBJECTIVES", "Objective", "ObjectiveSums", "objective_sums"]
 
@@ -132,7 +133,8 @@ def objective_sums(
     Args:
         heads: the heads; ``.grad`` of their parameters is added to.
         hidden: h [m, d] with labels; whole samples, where the objective averages per sample.
-        output: the whole output weight [V, d] in the backbone's dtype.
+        output: the output weight in the backbone's dtype, whole or this tensor rank's rows; the
+            ranks of its group call together, with the same tokens, and get the same sums.
         objective: a member of :data:`OBJECTIVES`.
         seed, epoch: what the random drop depends on, beside sample and position.
         backward: accumulate d(sum of loss)/d(parameters); the caller divides by the global
@@ -144,12 +146,11 @@ def objective_sums(
         NumericsError: logits or a loss that are not finite, with the sample and the token.
             Gradients of this call are then worthless.
     """
-    if output.weight.shape[0] != output.vocab_size:
-        raise ValueError("objective_sums needs all rows of the output weight")
+    vocabulary = Vocabulary.of(output)
     m = hidden.h.shape[0]
     if m == 0:
         return ObjectiveSums.zero()
-    job = _Job(heads, hidden, output, objective, backward)
+    job = _Job(heads, hidden, output, vocabulary, objective, backward)
     job.prepare(seed, epoch, objective.drop if drop is None else drop, chunk_tokens)
     for start in range(0, m, job.group):
         job.step(start, min(m, start + job.group))
@@ -164,9 +165,11 @@ class _Job:
         heads: DecodingHeads,
         hidden: HiddenBatch,
         output: OutputWeight,
+        vocabulary: Vocabulary,
         objective: Objective,
         backward: bool,
     ) -> None:
+        self.vocabulary = vocabulary
         self.heads, self.hidden, self.weight = heads, hidden, output.weight
         self.objective, self.backward = objective, backward
         self.temperature_term = objective.temperature_term and heads.temp_head is not None
@@ -187,8 +190,9 @@ class _Job:
         hidden, m = self.hidden, self.hidden.h.shape[0]
         vocab, dtype, device = self.weight.shape[0], hidden.h.dtype, hidden.h.device
         self.block = min(m, chunk_tokens or block_tokens(vocab, dtype, device))
-        self.group = max(self.block, group_tokens(vocab, hidden.h.shape[1], device))
-        self.work = Workspace(self.block, vocab, dtype, device, self.slopes)
+        size = self.vocabulary.size
+        self.group = max(self.block, group_tokens(size, hidden.h.shape[1], device))
+        self.work = Workspace(self.block, vocab, dtype, device, self.slopes, self.vocabulary)
         self.spared = (
             keep_mask(seed, epoch, hidden.sample_id, hidden.token_index, drop) if drop > 0 else None
         )
@@ -228,7 +232,7 @@ class _Job:
         """Tokens that the drop spares; arg-max takes the smaller id of a tie."""
         if self.spared is None:
             return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
-        return (logits.argmax(-1) != self.hidden.label[index]) | self.spared[index]
+        return (self.vocabulary.arg_max(logits) != self.hidden.label[index]) | self.spared[index]
 
     def step(self, start: int, stop: int) -> None:
         """Add a group of tokens to the sums and to the gradient."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autodeco.heads.closed_form import Moments, Order, Workspace, label_log_p, moments, order_of
+from autodeco.heads.vocabulary import Vocabulary
 
 ALPHA = 30.0
 EPSILON = 1e-9
@@ -100,28 +101,30 @@ def label_mass(order: Order, head: Head, tail: LabelMass | None) -> LabelMass:
     )
 
 
-def tail_mass(logits: Tensor, order: Order, m: Moments) -> LabelMass | None:
+def tail_mass(logits: Tensor, order: Order, m: Moments, vocabulary: Vocabulary) -> LabelMass | None:
     """Cumulative mass of the labels in the tail, by masked sums over V; zeros in other rows."""
     if order.whole:
         return None
     out = torch.zeros(3, *m.total.shape, dtype=m.total.dtype, device=m.total.device)
     rows = (order.rank < 0).nonzero()[:, 0]
     for part in in_parts(rows, logits.shape[0] // 4):
-        out[:, part] = _tail_mass(logits, order, m, part)
+        out[:, part] = _tail_mass(logits, order, m, part, vocabulary)
     return LabelMass(*out)
 
 
-def _tail_mass(logits: Tensor, order: Order, m: Moments, rows: Tensor) -> Tensor:
+def _tail_mass(
+    logits: Tensor, order: Order, m: Moments, rows: Tensor, vocabulary: Vocabulary
+) -> Tensor:
     """before, c_y and D_y of some rows, [3, r]."""
     x = logits[rows] - order.peak[rows]
     y, label_x = order.label[rows].unsqueeze(-1), order.label_x[rows].unsqueeze(-1)
     t, total, energy = (v[rows].unsqueeze(-1) for v in (m.temperature, m.total, m.energy))
-    ids = torch.arange(x.shape[-1], device=x.device)
+    ids = torch.arange(vocabulary.first, vocabulary.first + x.shape[-1], device=x.device)
     ahead = (x > label_x) | ((x == label_x) & (ids < y))
     p = (x / t).exp_().div_(total).mul_(ahead)
     own = (label_x / t).exp() / total
-    before = p.sum(-1)
-    slope = (p.mul_(energy - x).sum(-1) + (own * (energy - label_x))[:, 0]) / (t * t)[:, 0]
+    before, slope = vocabulary.sum(torch.stack((p.sum(-1), p.mul_(energy - x).sum(-1))))
+    slope = (slope + (own * (energy - label_x))[:, 0]) / (t * t)[:, 0]
     return torch.stack((before, (before + own[:, 0]).clamp_max_(1.0), slope))
 
 
@@ -251,7 +254,7 @@ def _wider(
         left = []
         for part in in_parts(rows, min(look.rows, look.rows * vocab // (4 * width))):
             logits = look.logits(part)
-            wide = order_of(logits, order.label[part], width)
+            wide = order_of(logits, order.label[part], width, look.work.vocabulary)
             at = moments(logits, wide.peak, m.temperature[part], look.work)
             z = normalizer_of(head_of(wide, at), top_p[part], wide.whole)
             yield part, z
