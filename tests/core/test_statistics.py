@@ -255,6 +255,10 @@ def test_a_setting_planted_below_the_curve_is_below_in_both_differences() -> Non
 def test_beyond_the_curves_range_the_comparison_is_flagged() -> None:
     assert not compared(0, 0.5, 60.0).accuracy.within
     assert not compared(0, 0.1, 15.0).entropy.within
+    static, entropy = np.array([[0.9] * 4, [0.5] * 4]), np.array([[1.0] * 4, [2.0] * 4])
+    half_way = np.array([1.5, 2.5, 1.5, 2.5])  # inside on one half of the problems only
+    found = compare_with_curve(static, entropy, np.full(4, 0.7), half_way, seed=0, resamples=9)
+    assert not found.accuracy.within and found.entropy.within
 
 
 def test_the_curve_is_chosen_on_one_half_and_judged_on_the_other_both_ways() -> None:

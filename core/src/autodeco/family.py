@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autodeco.errors import PluginError, WeightsError
+from autodeco.layout import ParallelLayout
 from autodeco.weights import WeightMap
+
+__all__ = [
+    "API",
+    "Architecture",
+    "FamilySpec",
+    "ModelPreset",
+    "ModelShape",
+    "ParallelLayout",
+]
 
 API = 1
 
@@ -55,48 +65,6 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class ParallelLayout:
-    """How a model is spread over GPUs.
-
-    Attributes:
-        tensor: Ranks that split every matrix.
-        pipeline: Stages that split the layers.
-        expert: Ranks that split the experts.
-        context: Ranks that split the sequence.
-        first_stage_layers: Layers of the first stage; None: even.
-        last_stage_layers: Layers of the last stage; None: even.
-        gpus: GPUs of the run that the layout was made for.
-    """
-
-    tensor: int = 1
-    pipeline: int = 1
-    expert: int = 1
-    context: int = 1
-    first_stage_layers: int | None = None
-    last_stage_layers: int | None = None
-    gpus: int = 1
-
-    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Returns the number of layers of each pipeline stage.
-
-        Raises:
-            PluginError: The layers cannot be spread so; the message has the arithmetic.
-        """
-        first, last = self.first_stage_layers, self.last_stage_layers
-        fixed = [n for n in (first, last) if n is not None]
-        middle, rest = self.pipeline - len(fixed), num_layers - sum(fixed)
-        if middle < 0 or rest < 0 or (middle and rest % middle) or (not middle and rest):
-            raise PluginError(
-                f"{num_layers} layers do not fit {self.pipeline} pipeline stages"
-                f" (first {first or 'even'}, last {last or 'even'}): {rest} layers over {middle}"
-                " stages",
-                fix="change the layout so that the middle stages get equal numbers of layers",
-            )
-        inner = [rest // middle] * middle if middle else []
-        return tuple(([first] if first else []) + inner + ([last] if last else []))
-
-
-@dataclass(frozen=True)
 class Architecture:
     """One architecture of a family, as ``config.json`` names it.
 
@@ -107,6 +75,8 @@ class Architecture:
         config_keys: `ModelShape` field -> key, where it differs from the usual one ("": none).
         required: Keys whose values must be these if a checkpoint has them; the weight map and the
             engines rely on them.
+        megatron: Fields of megatron-core's TransformerConfig beyond those that follow from the
+            shape.
     """
 
     name: str
@@ -114,6 +84,7 @@ class Architecture:
     config: Mapping[str, Any] = field(default_factory=dict)
     config_keys: Mapping[str, str] = field(default_factory=dict)
     required: Mapping[str, Any] = field(default_factory=dict)
+    megatron: Mapping[str, Any] = field(default_factory=dict)
 
     def keys(self) -> dict[str, str]:
         """Returns `ModelShape` field -> key of ``config.json``."""

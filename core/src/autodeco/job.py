@@ -77,9 +77,15 @@ class Job:
     )
     engine: str = _option(
         AUTO,
-        "What executes the backbone.",
+        "What executes the backbone; auto: megatron where the layout splits the model, else hf.",
         section="model",
-        choices=(AUTO, "hf"),
+        choices=(AUTO, "hf", "megatron"),
+    )
+    layout: str | None = _option(
+        None,
+        "How the model is spread, as tp=2,pp=2,ep=1 (first=, last=: layers of these stages); "
+        "default: the preset's.",
+        section="model",
     )
     device: str = _option(AUTO, "cpu, cuda or cuda:N.", section="model")
     dtype: str = _option(

@@ -18,16 +18,9 @@ from autodeco.files import remove
 from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
 from autodeco.inputs import Inputs, prepare_inputs
 from autodeco.job import Job
+from autodeco.processes import rank, world_size
 from autodeco.registry import Registry, Resolution
-from autodeco.run_directory import (
-    STAGE_OPTIONS,
-    STAGES,
-    RunDirectory,
-    open_run,
-    rank,
-    record_job,
-    world_size,
-)
+from autodeco.run_directory import STAGE_OPTIONS, STAGES, RunDirectory, open_run, record_job
 
 _AFTER_TRAINING = frozenset({"export", "merge", "evaluate"})
 _NEEDS_MODEL = frozenset({"build", "attach", "train", "evaluate"})
@@ -100,14 +93,17 @@ def run_job(
     Raises:
         AutodecoError: Something that the user can cure; nothing that was done is lost.
     """
+    from autodeco.engines.select import choose_engine
+
     console = console or Console(stderr=True)
     wanted = tuple(stages or STAGES)
     for stage in wanted:
         if stage not in STAGES:
             raise UsageError(f"no stage {stage!r}", fix="choose from " + ", ".join(STAGES))
+    resolution = registry.resolve(job.plugin, job.model, job.preset)
+    choose_engine(job, resolution.preset, world_size())  # an impossible layout ends here
     if world_size() > 1:
         _join_processes(job)
-    resolution = registry.resolve(job.plugin, job.model, job.preset)
     job = job.replace(
         plugin=resolution.family.id,
         preset=resolution.preset.name,
@@ -344,10 +340,12 @@ class _Run:
                 highlight=False,
             )
             return "nothing (no --problems)", {}
+        from autodeco.engines.select import decoding_model
+
         job, engine, tokenizer = self.job, self._built().engine, self.inputs.tokenizer()
         assert job.model is not None
         outcome = evaluate_and_report(
-            engine.model,
+            decoding_model(engine, job),
             load_heads(self.directory.path / "heads").heads.to(engine.device),
             tokenizer,
             load_problems(self.inputs.problems, limit=job.evaluate_problems),

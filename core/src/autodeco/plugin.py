@@ -59,7 +59,7 @@ class FamilyPlugin:
         """Builds the backbone on the engine that the job names."""
         from autodeco.engines.select import build_engine
 
-        return BuiltModel(build_engine(job, weights), weights)
+        return BuiltModel(build_engine(job, weights, self.family), weights)
 
     @hookimpl
     def attach_heads(self, job: Job, model: BuiltModel) -> HeadedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import resource
 import sys
@@ -242,13 +241,3 @@ def _check_same(
             where=str(path),
             fix=f"use the old values, begin a new run (--resume new), or --allow-change {names}",
         )
-
-
-def rank() -> int:
-    """Returns this process's rank under torchrun, 0 without."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """Returns the number of processes under torchrun, 1 without."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

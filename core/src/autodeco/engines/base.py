@@ -74,6 +74,11 @@ class Engine(Protocol):
     dtype: torch.dtype
     hidden_size: int
     vocab_size: int
+    #: Which share of the data this rank's copy of the model gets, of how many.
+    data_rank: int
+    data_world: int
+    #: Whether this rank speaks for its copy: of the ranks that hold one, exactly one does.
+    counts: bool
 
     def hidden_states(self, batches: Iterable[TokenBatch]) -> Iterator[HiddenBatch | None]:
         """Yields one `HiddenBatch` a batch, in order; None off the last pipeline stage."""

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
+from autodeco.engines.padding import check_finite, pad_batch
 from autodeco.errors import NumericsError, WeightsError
 
 
@@ -56,6 +58,9 @@ class HFEngine:
         self._output: Tensor = output.weight
         self.hidden_size = int(self._output.shape[1])
         self.vocab_size = int(self._output.shape[0])
+        self.data_rank = dist.get_rank() if dist.is_initialized() else 0
+        self.data_world = dist.get_world_size() if dist.is_initialized() else 1
+        self.counts = True
 
     @torch.no_grad()
     def hidden_states(self, batches: Iterable[TokenBatch]) -> Iterator[HiddenBatch | None]:
@@ -66,12 +71,12 @@ class HFEngine:
         """
         decoder = self.model.get_decoder()
         for batch in batches:
-            ids, flat = _pad(batch)
+            ids, flat = pad_batch(batch)
             states = decoder(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
             index = batch.predict.nonzero().squeeze(1)
             h = states.flatten(0, 1)[flat[index].to(self.device)]
             sample_id, position = batch.sample_id[index], batch.positions[index]
-            _check_finite(h, sample_id, position)
+            check_finite(h, sample_id, position)
             yield HiddenBatch(
                 h=h,
                 label=batch.ids[index + 1].to(self.device),
@@ -131,25 +136,3 @@ def _load(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
                 "or try --dtype float32",
             )
     return model
-
-
-def _pad(batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Returns ids [b, s] padded with 0 on the right, and where each flat token went [n]."""
-    starts = batch.cu_seqlens[:-1].long()
-    lengths = batch.cu_seqlens[1:].long() - starts
-    longest = int(lengths.max())
-    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    flat = row * longest + batch.positions.cpu()
-    ids = torch.zeros(len(lengths) * longest, dtype=torch.int64)
-    ids[flat] = batch.ids.cpu()
-    return ids.view(len(lengths), longest), flat
-
-
-def _check_finite(h: Tensor, sample_id: Tensor, position: Tensor) -> None:
-    if not bool(torch.isfinite(h).all()):
-        bad = int((~torch.isfinite(h).all(dim=1)).nonzero()[0])
-        raise NumericsError(
-            "a hidden state is not finite",
-            where=f"sample {int(sample_id[bad])}, token {int(position[bad])}",
-            fix="the backbone overflows in this dtype: try --dtype bfloat16 or float32",
-        )

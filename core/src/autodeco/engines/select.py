@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,8 +14,11 @@ from autodeco.engines.hf import HFEngine
 from autodeco.errors import EnvironmentProblem, UsageError
 from autodeco.files import read_json
 from autodeco.hookspecs import ImportedWeights
+from autodeco.layout import ParallelLayout
+from autodeco.processes import world_size
 
 if TYPE_CHECKING:
+    from autodeco.family import FamilySpec, ModelPreset
     from autodeco.job import Job
 
 
@@ -67,13 +71,87 @@ def choose_dtype(name: str, path: Path, device: torch.device) -> torch.dtype:
     return known.get(stored, torch.bfloat16)
 
 
-def build_engine(job: Job, weights: ImportedWeights) -> Engine:
+def choose_engine(job: Job, preset: ModelPreset, ranks: int) -> tuple[str, ParallelLayout]:
+    """Decides on engine and layout before any process meets another.
+
+    Without ``--layout``, one process has the whole model, and several have the preset's layout.
+
+    Args:
+        job: The job.
+        preset: Its preset.
+        ranks: All processes.
+
+    Returns:
+        ``hf`` or ``megatron``, and the layout.
+
+    Raises:
+        UsageError: The layout is impossible, or the engine cannot do it; the message has the
+            arithmetic.
+        EnvironmentProblem: megatron-core is needed and not installed.
+    """
+    if job.layout is not None:
+        layout = ParallelLayout.parse(job.layout)
+    else:
+        layout = preset.layout if ranks > 1 else ParallelLayout()
+    layout.data_ranks(preset.shape, ranks)
+    name = job.engine
+    if name == "auto":
+        name = "megatron" if layout.is_parallel else "hf"
+    if name == "hf" and layout.is_parallel:
+        raise UsageError(
+            f"the hf engine has the whole model in each process; the layout is {layout}",
+            where="--engine hf",
+            fix="use --engine megatron, or --layout tp=1",
+        )
+    if name == "megatron" and not _has_megatron():
+        raise EnvironmentProblem(
+            f"the layout {layout} needs megatron-core, which is not installed"
+            if job.engine == "auto"
+            else "megatron-core is not installed",
+            where="--engine megatron",
+            fix="pip install 'autodeco[megatron]'",
+        )
+    return name, layout
+
+
+def _has_megatron() -> bool:
+    try:
+        return importlib.util.find_spec("megatron.core") is not None
+    except ModuleNotFoundError:  # nothing called megatron is there at all
+        return False
+
+
+def decoding_model(engine: Engine, job: Job) -> Any:
+    """Returns a transformers model of the backbone, for answers: the engine's own, or a whole one.
+
+    Raises:
+        WeightsError, NumericsError: The checkpoint cannot be loaded.
+    """
+    model = getattr(engine, "model", None)
+    if model is not None:
+        return model
+    assert job.model is not None
+    return HFEngine(
+        job.model, engine.device, engine.dtype, trust_remote_code=job.trust_remote_code
+    ).model
+
+
+def build_engine(job: Job, weights: ImportedWeights, family: FamilySpec) -> Engine:
     """Builds the engine that the job names.
 
     Raises:
         WeightsError, NumericsError: The checkpoint cannot be loaded.
-        EnvironmentProblem: The device is not there.
+        EnvironmentProblem: The device or megatron-core is not there.
+        UsageError: The layout is impossible.
     """
+    assert job.preset is not None
+    preset = family.preset(job.preset)
+    name, layout = choose_engine(job, preset, world_size())
     device = choose_device(job.device)
     dtype = choose_dtype(job.dtype, weights.path, device)
+    if name == "megatron":
+        from autodeco.engines.megatron.engine import MegatronEngine
+
+        architecture = family.architecture(preset.architecture)
+        return MegatronEngine(weights, architecture, layout, device, dtype)
     return HFEngine(weights.path, device, dtype, trust_remote_code=job.trust_remote_code)

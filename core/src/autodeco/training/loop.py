@@ -77,8 +77,9 @@ def train(
 ) -> TrainResult:
     """Trains the heads, continuing from the newest whole checkpoint in `directory`.
 
-    Under torch.distributed every rank takes its share of each global batch, gradients are summed,
-    and rank 0 alone writes.
+    Under torch.distributed every copy of the model takes its share of each global batch. All ranks
+    hold the heads and take the same step with the sum of the gradients, so that they stay equal bit
+    for bit, and rank 0 alone writes.
 
     Args:
         job: Schedule, batch sizes, objective, seeds.
@@ -126,7 +127,7 @@ class _Loop:
         self.samples, self.held_out = samples, held_out
         self.directory, self.model_name = directory, model_name
         self.objective = OBJECTIVES[job.objective]
-        self.rank, self.world = rank_and_world()
+        self.rank, _ = rank_and_world()
         available = job.epochs * steps_per_epoch(len(samples), job.global_batch)
         self.total = min(job.max_steps, available) if job.max_steps else available
         self.schedule = Schedule(
@@ -219,7 +220,10 @@ class _Loop:
         )
         batch = [self.samples[i] for i in indices]
         mine = microbatches(
-            batch, self.job.micro_batch_tokens, world_size=self.world, rank=self.rank
+            batch,
+            self.job.micro_batch_tokens,
+            world_size=self.engine.data_world,
+            rank=self.engine.data_rank,
         )
         self.optimizer.zero_grad(set_to_none=False)
         sums = ObjectiveSums.zero()
@@ -235,7 +239,7 @@ class _Loop:
                     backward=True,
                     drop=self.job.drop,
                 )
-        sums = add_sums(sums, self.engine.device)
+        sums = add_sums(sums if self.engine.counts else ObjectiveSums.zero(), self.engine.device)
         rate = self.schedule.rate(self.step)
         # Without a kept token there is no gradient, and momentum alone shall not move the heads.
         moves = sums.normalizer and (sums.kept or not self.objective.drop_top_p)
@@ -261,6 +265,8 @@ class _Loop:
             p.grad if p.grad is not None else torch.zeros_like(p) for p in self.heads.parameters()
         ]
         flat = torch.cat([g.flatten() for g in gradients])
+        if not self.engine.counts:  # another rank of this copy of the model gives the same
+            flat.zero_()
         add_gradients(flat)
         flat /= normalizer
         norm = float(flat.norm())
@@ -286,7 +292,10 @@ class _Loop:
         if not self.held_out:
             return False
         mine = microbatches(
-            self.held_out, self.job.micro_batch_tokens, world_size=self.world, rank=self.rank
+            self.held_out,
+            self.job.micro_batch_tokens,
+            world_size=self.engine.data_world,
+            rank=self.engine.data_rank,
         )
         metrics = measure(self.engine, self.heads, mine, self.objective, seed=self.job.seed)
         self.last = metrics

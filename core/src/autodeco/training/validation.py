@@ -61,7 +61,7 @@ def measure(
             total += objective_sums(
                 heads, hidden, output, objective, seed=seed, epoch=0, backward=False, drop=0.0
             )
-    return summarize(add_sums(total, engine.device))
+    return summarize(add_sums(total if engine.counts else ObjectiveSums.zero(), engine.device))
 
 
 def collapse_warning(metrics: dict[str, Any], heads: DecodingHeads) -> str | None:

@@ -15,6 +15,7 @@ DENSE = Architecture(
         "use_sliding_window": False,
     },
     required={"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False},
+    megatron={"qk_layernorm": True},
 )
 MOE = Architecture(
     name="Qwen3MoeForCausalLM",
@@ -37,6 +38,7 @@ MOE = Architecture(
         "mlp_only_layers": [],
         "norm_topk_prob": True,
     },
+    megatron=DENSE.megatron,
 )
 
 _VOCABULARY = 151936

@@ -1,0 +1,1 @@
+"""The engine that executes megatron-core's model; imported only where megatron-core is."""

@@ -1,0 +1,76 @@
+"""What megatron-core needs CUDA for, and its cures; applied only where there is no CUDA.
+
+Each cure is as small as it can be, and a test fails when a version of megatron-core no longer needs
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Cure:
+    """One obstacle on a machine without CUDA.
+
+    Attributes:
+        name: What it is.
+        needed: Whether the obstacle is there.
+        apply: Takes it away.
+    """
+
+    name: str
+    needed: Callable[[], bool]
+    apply: Callable[[], None]
+
+
+def _asks_cuda_for_the_device() -> bool:
+    try:
+        torch.cuda.current_device()
+    except (RuntimeError, AssertionError):
+        return True
+    return False
+
+
+def _answer_with_the_cpu() -> None:
+    # Rotary embeddings, routers and parallel linear layers allocate on `current_device()`.
+    torch.cuda.current_device = _cpu  # type: ignore[assignment]
+
+
+def _cpu() -> Any:
+    return torch.device("cpu")
+
+
+def _router_misses_its_product() -> bool:
+    from megatron.core.transformer.moe import moe_utils
+
+    return not hasattr(moe_utils, "te_general_gemm")
+
+
+def _no_product_of_transformer_engine() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
+
+
+CURES = (
+    Cure("the current device is asked of CUDA", _asks_cuda_for_the_device, _answer_with_the_cpu),
+    Cure(
+        "the router's product is undefined without Transformer Engine",
+        _router_misses_its_product,
+        _no_product_of_transformer_engine,
+    ),
+)
+
+
+def cure_missing_cuda() -> None:
+    """Applies the cures that are needed; does nothing where there is CUDA."""
+    if torch.cuda.is_available():
+        return
+    for cure in CURES:
+        if cure.needed():
+            cure.apply()

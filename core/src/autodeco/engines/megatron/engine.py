@@ -1,0 +1,202 @@
+"""The engine that executes megatron-core's GPTModel: tensor, pipeline, expert, data parallel."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
+from autodeco.engines.megatron.compat import cure_missing_cuda
+from autodeco.engines.megatron.loading import Place, load_stage
+from autodeco.engines.megatron.model import build_stage, rope_theta, transformer_config
+from autodeco.engines.padding import check_finite, pad_batch
+from autodeco.errors import UsageError
+from autodeco.family import Architecture
+from autodeco.files import read_json
+from autodeco.hookspecs import ImportedWeights
+from autodeco.layout import ParallelLayout
+
+
+class MegatronEngine:
+    """A frozen backbone spread over ranks.
+
+    It only runs forward: a stage receives hidden states, computes, sends them on and forgets them.
+    All shapes follow from the batches, which every stage of a copy of the model has, so stages
+    agree on them without a word. The ranks that share experts run the same number of microbatches
+    of the same padded shape; who has none left runs padding for the others.
+
+    Args:
+        weights: The checkpoint, as it is on the hub.
+        architecture: Which of the family's architectures it is.
+        layout: How to spread it; see `ParallelLayout.data_ranks`.
+        device: This process's.
+        dtype: The backbone's dtype.
+
+    Raises:
+        UsageError: The layout has context parallelism.
+        WeightsError: The checkpoint does not fit.
+        NumericsError: A weight is not finite.
+    """
+
+    name = "megatron"
+
+    def __init__(
+        self,
+        weights: ImportedWeights,
+        architecture: Architecture,
+        layout: ParallelLayout,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.path, self.device, self.dtype, self.layout = weights.path, device, dtype, layout
+        shape = weights.shape
+        self.hidden_size, self.vocab_size = shape.hidden_size, shape.vocab_size
+        cure_missing_cuda()
+        _form_groups(layout, device)
+        where = weights.path / "config.json"
+        config = read_json(where)
+        self.first = parallel_state.is_pipeline_first_stage()
+        self.last = parallel_state.is_pipeline_last_stage()
+        self._model = build_stage(
+            transformer_config(shape, architecture, config, layout, dtype, device),
+            shape,
+            rope_theta(config, str(where)),
+            first=self.first,
+            last=self.last,
+        )
+        load_stage(self._model, weights, _place())
+        self._model.to(device)
+        self._sent: Any = None
+        self._together = (
+            parallel_state.get_expert_model_parallel_group() if layout.expert > 1 else None
+        )
+        self.data_rank = int(parallel_state.get_data_parallel_rank())
+        self.data_world = int(parallel_state.get_data_parallel_world_size())
+        tensor = parallel_state.get_tensor_model_parallel_rank()
+        self.counts = bool(self.last and tensor == 0)
+
+    @torch.no_grad()
+    def hidden_states(self, batches: Iterable[TokenBatch]) -> Iterator[HiddenBatch | None]:
+        """Yields the hidden states of each batch's predicting positions, in order.
+
+        Off the last pipeline stage it yields None for each batch.
+
+        Raises:
+            NumericsError: A hidden state is not finite.
+        """
+        iterator = iter(batches)
+        while True:
+            batch = next(iterator, None)
+            shape = self._agreed_shape(batch)
+            if shape is None:
+                break
+            rows, length = shape
+            ids, flat = pad_batch(batch, rows, length)
+            states = self._forward(ids)
+            if batch is None:
+                continue
+            yield self._chosen(states, batch, flat) if self.last else None
+        self._wait()
+
+    def _agreed_shape(self, batch: TokenBatch | None) -> tuple[int, int] | None:
+        """Rows and length to pad to, the same on all ranks that share experts; None at the end."""
+        mine = [0, 0]
+        if batch is not None:
+            lengths = batch.cu_seqlens.diff()
+            mine = [len(lengths), int(lengths.max())]
+        if self._together is not None:
+            box = torch.tensor(mine, device=self.device)
+            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._together)
+            mine = box.tolist()
+        return (mine[0], mine[1]) if mine[0] else None
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        """Runs the stage on ids [b, s]; returns [b, s, d] on the last one."""
+        ids = ids.to(self.device)
+        rows, length = ids.shape
+        if not self.first:
+            shape = (length, rows, self.hidden_size)
+            received = torch.empty(shape, dtype=self.dtype, device=self.device)
+            dist.recv(received, src=parallel_state.get_pipeline_model_parallel_prev_rank())
+            self._model.set_input_tensor(received)
+        positions = torch.arange(length, device=self.device).expand(rows, -1)
+        out: Tensor = self._model(ids, positions, None)
+        if not self.last:
+            self._wait()
+            out = out.contiguous()
+            # the stage goes on with the next batch while this one travels
+            target = parallel_state.get_pipeline_model_parallel_next_rank()
+            self._sent = (dist.isend(out, dst=target), out)
+        return out
+
+    def _wait(self) -> None:
+        if self._sent is not None:
+            self._sent[0].wait()
+            self._sent = None
+
+    def _chosen(self, states: Tensor, batch: TokenBatch, flat: Tensor) -> HiddenBatch:
+        index = batch.predict.nonzero().squeeze(1)
+        h = states.flatten(0, 1)[flat[index].to(self.device)]
+        sample_id, position = batch.sample_id[index], batch.positions[index]
+        check_finite(h, sample_id, position)
+        label = batch.ids[index + 1].to(self.device)
+        return HiddenBatch(h, label, sample_id.to(self.device), position.to(self.device))
+
+    def output_weight(self) -> OutputWeight:
+        """Returns this tensor rank's rows of the output layer; none off the last stage."""
+        if not self.last:
+            empty = torch.empty(0, self.hidden_size, dtype=self.dtype, device=self.device)
+            return OutputWeight(empty, 0, self.vocab_size)
+        weight = self._model.output_layer.weight.detach()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        group = parallel_state.get_tensor_model_parallel_group() if self.layout.tensor > 1 else None
+        return OutputWeight(weight, rank * weight.shape[0], self.vocab_size, group)
+
+    def fingerprint(self) -> str:
+        """Returns a sha256 over names, dtypes, shapes and bytes of this rank's parameters."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._model.named_parameters()):
+            tensor = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _form_groups(layout: ParallelLayout, device: torch.device) -> None:
+    """Makes megatron-core's process groups, once in a process."""
+    if layout.context > 1:
+        raise UsageError(
+            f"cp={layout.context}: context parallelism is not there yet",
+            where="--layout",
+            fix="use cp=1; more tensor ranks hold longer sequences too",
+        )
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        create_gloo_process_groups=False,
+    )
+
+
+def _place() -> Place:
+    return Place(
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )

@@ -1,0 +1,146 @@
+"""Fills a stage straight from a Hugging Face checkpoint: each rank reads its slices alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from autodeco.convert.operations import pack
+from autodeco.convert.safetensors_header import read_checkpoint
+from autodeco.errors import NumericsError, WeightsError
+from autodeco.family import ModelShape
+from autodeco.hookspecs import ImportedWeights
+from autodeco.weights import BoundRule
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"local_experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands in the groups that split tensors.
+
+    Attributes:
+        tensor, tensor_ranks: Its place among the ranks that split matrices.
+        expert, expert_ranks: Its place among the ranks that split the experts.
+        expert_tensor, expert_tensor_ranks: Its place among those that split each expert.
+    """
+
+    tensor: int
+    tensor_ranks: int
+    expert: int
+    expert_ranks: int
+    expert_tensor: int
+    expert_tensor_ranks: int
+
+
+def parameters_by_target(model: Any, shape: ModelShape, place: Place) -> dict[str, nn.Parameter]:
+    """Returns a stage's parameters under the names that the whole model has for them."""
+    experts = shape.num_experts // place.expert_ranks
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        target = _EXPERT.sub(lambda m: f"local_experts.{int(m[1]) + place.expert * experts}.", name)
+        layer = _LAYER.match(target)
+        if layer is not None:
+            number = model.decoder.layers[int(layer[1])].layer_number - 1
+            target = f"decoder.layers.{number}.{target[layer.end() :]}"
+        found[target] = parameter
+    return found
+
+
+def load_stage(model: Any, weights: ImportedWeights, place: Place) -> None:
+    """Reads what the stage holds; every parameter is filled exactly once.
+
+    Raises:
+        WeightsError: A parameter of the stage is not in the weight map, or a slice has another
+            shape than its parameter.
+        NumericsError: A weight is not finite.
+    """
+    shape = weights.shape
+    wanted = parameters_by_target(model, shape, place)
+    filled: set[str] = set()
+    with _Reader(weights.path) as reader:
+        for rule in weights.weight_map.rules:
+            targets = [name for name in (rule.target, *rule.copies) if name in wanted]
+            if not targets:
+                continue
+            value = _local_target(rule, shape, place, reader)
+            for name in targets:
+                _fill(wanted[name], value, name, rule)
+                filled.add(name)
+    empty = sorted(set(wanted) - filled)
+    if empty:
+        raise WeightsError(
+            f"{len(empty)} parameters of the engine are not in the weight map, the first is "
+            f"{empty[0]!r}",
+            where=str(weights.path),
+            fix="the plugin's weight map or its `megatron` fields do not fit its architecture",
+        )
+
+
+def _local_target(rule: BoundRule, shape: ModelShape, place: Place, reader: _Reader) -> Tensor:
+    """Reads this rank's slice of every source and packs them."""
+    of_expert = "{expert}" in rule.rule.target
+    rank = place.expert_tensor if of_expert else place.tensor
+    ranks = place.expert_tensor_ranks if of_expert else place.tensor_ranks
+    dim = rule.rule.parallel_dim
+    if dim is None or ranks == 1:
+        return pack(rule, shape, [reader.read(name) for name in rule.sources])
+    parts = [reader.read(name, dim, rank, ranks) for name in rule.sources]
+    sizes = tuple(tuple(part.shape) for part in parts)
+    local = dataclasses.replace(
+        shape, num_heads=shape.num_heads // ranks, num_kv_heads=shape.num_kv_heads // ranks
+    )
+    return pack(dataclasses.replace(rule, source_sizes=sizes), local, parts)
+
+
+def _fill(parameter: nn.Parameter, value: Tensor, name: str, rule: BoundRule) -> None:
+    if parameter.shape != value.shape:
+        raise WeightsError(
+            f"the engine's {name!r} has the shape {tuple(parameter.shape)}, the checkpoint gives "
+            f"{tuple(value.shape)}",
+            where=", ".join(rule.sources),
+            fix="the plugin's `megatron` fields do not fit its architecture",
+        )
+    with torch.no_grad():
+        parameter.copy_(value)
+    if not bool(torch.isfinite(parameter).all()):
+        raise NumericsError(
+            f"the weight {rule.sources[0]!r} holds NaN or infinity",
+            where=name,
+            fix="the checkpoint is damaged, or its values do not fit --dtype: fetch it again, or "
+            "try --dtype float32",
+        )
+
+
+class _Reader:
+    """Reads tensors, or slices of them, from a checkpoint's shards."""
+
+    def __init__(self, path: Path) -> None:
+        self._infos: Mapping[str, Any] = read_checkpoint(path)
+        self._open: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()
+
+    def read(self, name: str, dim: int = 0, rank: int = 0, ranks: int = 1) -> Tensor:
+        """Returns the slice number `rank` of `ranks` along `dim`; no other byte is read."""
+        info = self._infos[name]
+        if info.file not in self._open:
+            self._open[info.file] = safe_open(info.file, framework="pt")
+        piece = self._open[info.file].get_slice(name)
+        size = info.shape[dim] // ranks
+        start = rank * size
+        taken: Tensor = piece[:, start : start + size] if dim else piece[start : start + size]
+        return taken

@@ -1,0 +1,163 @@
+"""One rank of `test_megatron`: logits and training of several layouts in one group of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from autodeco.convert.source import open_source
+from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
+from autodeco.engines.hf import HFEngine
+from autodeco.engines.select import build_engine
+from autodeco.heads.attach import new_heads
+from autodeco.job import Job
+from autodeco.training import loop
+from autodeco.training.batching import pack
+from autodeco.training.data import Sample, SampleSet
+from autodeco.training.logging import METRICS, read_metrics
+from autodeco_plugin_qwen3.family import FAMILY
+
+STEPS = 20
+CPU = torch.device("cpu")
+
+
+def samples(count: int, vocabulary: int, seed: int) -> SampleSet:
+    """Sequences of 12 to 60 random tokens; the first 5 are the prompt."""
+    random = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        length = int(random.integers(12, 60))
+        predict = np.arange(length) >= 4
+        predict[-1] = False
+        ids = random.integers(0, vocabulary, length).astype(np.int32)
+        found.append(Sample(number, ids, predict, number + 1))
+    return SampleSet(tuple(found), {}, Path("random.jsonl"))
+
+
+def job_of(model: Path, preset: str, layout: str | None, **changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "plugin": "qwen3",
+        "preset": preset,
+        "model": model,
+        "device": "cpu",
+        "dtype": "float32",
+        "engine": "hf" if layout is None else "megatron",
+        "layout": layout,
+        "learning_rate": 1e-4,
+        "warmup_steps": 0,
+        "global_batch": 8,
+        "micro_batch_tokens": 128,
+        "max_steps": STEPS,
+        "save_every": 1000,
+        "eval_every": 1000,
+        **changes,
+    }
+    return Job(**values)
+
+
+def logits(engine: Any, batches: list[TokenBatch]) -> list[torch.Tensor] | None:
+    """Logits of every batch, the slices of the tensor ranks joined; None off the last stage."""
+    found = []
+    output: OutputWeight = engine.output_weight()
+    for hidden in engine.hidden_states(batches):
+        if not isinstance(hidden, HiddenBatch):
+            continue
+        mine = hidden.h @ output.weight.T
+        if output.group is not None:
+            parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(output.group))]
+            dist.all_gather(parts, mine, group=output.group)
+            mine = torch.cat(parts, dim=-1)
+        found.append(mine)
+    return found if found else None
+
+
+def trained(job: Job, engine: Any, out: Path) -> dict[str, Any]:
+    """Trains; returns every loss, the first gradient, and how far the heads went."""
+    gradients: list[torch.Tensor] = []
+    plain = loop.add_gradients
+
+    def record(flat: torch.Tensor) -> None:
+        plain(flat)
+        if not gradients:
+            gradients.append(flat.clone())
+
+    loop.add_gradients = record
+    heads = new_heads(job, engine.hidden_size, CPU)
+    start = torch.cat([p.detach().flatten().clone() for p in heads.parameters()])
+    train_set, held_out = samples(24, engine.vocab_size, 1), samples(4, engine.vocab_size, 2)
+    quiet = Console(quiet=True)
+    job = job.replace(epochs=10)
+    arguments = (job, engine, heads, train_set, held_out, out, "tiny")
+    loop.train(*arguments, digest="0", console=quiet)
+    loop.add_gradients = plain
+    end = torch.cat([p.detach().flatten() for p in heads.parameters()])
+    return {"gradient": gradients[0], "moved": end - start}
+
+
+def alike(tensor: torch.Tensor) -> bool:
+    """Whether all ranks hold the same bits."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return all(torch.equal(parts[0], part) for part in parts)
+
+
+def case(model: Path, preset: str, layout: str, root: Path, name: str) -> dict[str, Any]:
+    job = job_of(model, preset, layout)
+    weights = open_source(FAMILY, job)
+    engine = build_engine(job, weights, FAMILY)
+    batch = samples(6, engine.vocab_size, 3).samples
+    batches = [pack(batch[:4]), pack(batch[4:])]
+    got = logits(engine, batches)
+    report: dict[str, Any] = {"preset": preset, "layout": layout}
+    if got is not None:
+        reference = logits(HFEngine(model, CPU, torch.float32), batches)
+        assert reference is not None
+        pairs = zip(got, reference, strict=True)
+        report["logits"] = max(float((a - b).abs().max()) for a, b in pairs)
+    out = root / name
+    result = trained(job, engine, out)
+    report["same"] = alike(result["moved"])
+    boxes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(boxes, report.get("logits"))
+    report["logits"] = max(value for value in boxes if value is not None)
+    if dist.get_rank() == 0:
+        reference = torch.load(root / f"{preset}.pt", weights_only=True)
+        for key in ("gradient", "moved"):
+            difference = result[key] - reference[key]
+            report[key] = float(difference.norm() / reference[key].norm())
+        report["losses"] = losses(out)
+    return report
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(out / METRICS) if row["kind"] == "train"]
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    root, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = f"file://{root / sys.argv[3]}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    reports = [
+        case(root / preset, preset, layout, root, f"{sys.argv[3]}-{number}")
+        for number, (preset, layout) in enumerate(cases)
+    ]
+    if rank == 0:
+        (root / f"{sys.argv[3]}.json").write_text(json.dumps(reports))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
