@@ -121,7 +121,7 @@ def test_every_field_survives_job_json(tmp_path: Path) -> None:
     record_job(RunDirectory(tmp_path, False), job, "digest", {"data": "digest"})
     assert read_config(tmp_path / "job.json") == {**EVERYTHING, "resume": "auto"}
     record_job(RunDirectory(tmp_path, False), Job(), "digest", {})
-    assert Job.from_mapping(read_config(tmp_path / "job.json"), where="") == Job()
+    assert Job(**read_config(tmp_path / "job.json")) == Job()
 
 
 def test_every_field_survives_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from autodeco.errors import UsageError
-from autodeco.job import Job, coerce_values
+from autodeco.job import Job
+from autodeco.job_values import coerce_values
 from autodeco.registry import Registry, Resolution
 from autodeco.run_directory import job_values
 

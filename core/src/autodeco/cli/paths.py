@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from autodeco.errors import UsageError
-from autodeco.job import Job, coerce_values
+from autodeco.job import Job
+from autodeco.job_values import coerce_values
 
 
 def export(
