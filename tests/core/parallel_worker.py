@@ -49,6 +49,7 @@ def main(root: Path, changes: dict[str, Any], options: dict[str, Any]) -> None:
     heads = tiny_heads(seed=rank)
     batch = options["signal"].get(str(rank)) if "signal" in options else None
     engine = Signalled(batch) if batch else TinyEngine()
+    engine.data_rank, engine.data_world = rank, world
     stopped = False
     try:
         run_training(directory, tiny_job(**changes), heads=heads, engine=engine)

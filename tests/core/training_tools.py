@@ -33,6 +33,7 @@ class TinyEngine:
     dtype = torch.float32
     hidden_size = HIDDEN
     vocab_size = VOCABULARY
+    data_rank, data_world, counts, whole_samples = 0, 1, True, True
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(7)

@@ -64,9 +64,9 @@ def job_of(model: Path, preset: str, layout: str | None, **changes: Any) -> Job:
     return Job(**values)
 
 
-def logits(engine: Any, batches: list[TokenBatch]) -> list[torch.Tensor] | None:
-    """Logits of every batch, the slices of the tensor ranks joined; None off the last stage."""
-    found = []
+def logits(engine: Any, batches: list[TokenBatch]) -> dict[tuple[int, int], torch.Tensor]:
+    """(sample, token) -> logits, the slices of tensor ranks joined; empty off the last stage."""
+    found: dict[tuple[int, int], torch.Tensor] = {}
     output: OutputWeight = engine.output_weight()
     for hidden in engine.hidden_states(batches):
         if not isinstance(hidden, HiddenBatch):
@@ -76,8 +76,9 @@ def logits(engine: Any, batches: list[TokenBatch]) -> list[torch.Tensor] | None:
             parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(output.group))]
             dist.all_gather(parts, mine, group=output.group)
             mine = torch.cat(parts, dim=-1)
-        found.append(mine)
-    return found if found else None
+        keys = zip(hidden.sample_id.tolist(), hidden.token_index.tolist(), strict=True)
+        found |= dict(zip(keys, mine, strict=True))
+    return found
 
 
 def trained(job: Job, engine: Any, out: Path) -> dict[str, Any]:
@@ -118,22 +119,21 @@ def case(model: Path, preset: str, layout: str, root: Path, name: str) -> dict[s
     batches = [pack(batch[:4]), pack(batch[4:])]
     got = logits(engine, batches)
     report: dict[str, Any] = {"preset": preset, "layout": layout}
-    if got is not None:
-        reference = logits(HFEngine(model, CPU, torch.float32), batches)
-        assert reference is not None
-        pairs = zip(got, reference, strict=True)
-        report["logits"] = max(float((a - b).abs().max()) for a, b in pairs)
+    reference = logits(HFEngine(model, CPU, torch.float32), batches)
+    worst = max((float((got[k] - reference[k]).abs().max()) for k in got), default=0.0)
     out = root / name
     result = trained(job, engine, out)
     report["same"] = alike(result["moved"])
     boxes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(boxes, report.get("logits"))
-    report["logits"] = max(value for value in boxes if value is not None)
+    dist.all_gather_object(boxes, (worst, set(got)))
+    report["logits"] = max(value for value, _ in boxes)
+    # every context rank has a part of each sample, and together they have all
+    assert set().union(*(keys for _, keys in boxes)) == set(reference)
     if dist.get_rank() == 0:
-        reference = torch.load(root / f"{preset}.pt", weights_only=True)
+        expected = torch.load(root / f"{preset}.pt", weights_only=True)
         for key in ("gradient", "moved"):
-            difference = result[key] - reference[key]
-            report[key] = float(difference.norm() / reference[key].norm())
+            difference = result[key] - expected[key]
+            report[key] = float(difference.norm() / expected[key].norm())
         report["losses"] = losses(out)
     return report
 

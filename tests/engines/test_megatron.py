@@ -29,8 +29,14 @@ TWO = (
     ("debug", "tp=1"),  # two copies of the model: data parallel
     ("debug-moe", "tp=2"),
     ("debug-moe", "pp=2"),
+    ("debug", "cp=2"),
+    ("debug-moe", "cp=2"),
 )
 FOUR = (
+    ("debug", "tp=2,cp=2"),
+    ("debug", "cp=4"),
+    ("debug", "pp=2,cp=2,first=2"),
+    ("debug-moe", "ep=2,cp=2"),
     ("debug", "tp=2,pp=2,first=1,last=2"),
     ("debug-moe", "tp=2,ep=2"),
     ("debug-moe", "pp=2,ep=2"),

@@ -79,6 +79,8 @@ class Engine(Protocol):
     data_world: int
     #: Whether this rank speaks for its copy: of the ranks that hold one, exactly one does.
     counts: bool
+    #: Whether it has whole samples; context-parallel ranks have parts of each.
+    whole_samples: bool
 
     def hidden_states(self, batches: Iterable[TokenBatch]) -> Iterator[HiddenBatch | None]:
         """Yields one `HiddenBatch` a batch, in order; None off the last pipeline stage."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from autodeco.engines.base import Engine
-from autodeco.errors import DataError, NumericsError, RunError
+from autodeco.errors import DataError, NumericsError, RunError, UsageError
 from autodeco.files import remove_partial
 from autodeco.heads.modules import DecodingHeads
 from autodeco.heads.objective import OBJECTIVES, ObjectiveSums, objective_sums
@@ -95,6 +95,7 @@ def train(
 
     Raises:
         DataError: There is nothing to learn from.
+        UsageError: The objective averages over samples, and the engine has parts of them.
         RunError: The checkpoints are of other heads.
         KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written after the step.
         NumericsError: A loss or a gradient is not finite; the last checkpoint is intact.
@@ -102,6 +103,12 @@ def train(
     """
     if not train_set.samples:
         raise DataError("no training samples", where=str(train_set.path), fix="check the data")
+    if OBJECTIVES[job.objective].per_sample and not engine.whole_samples:
+        raise UsageError(
+            f"--objective {job.objective} averages over whole samples, and context-parallel ranks "
+            "have parts of each",
+            fix="use cp=1 in --layout, or another objective",
+        )
     loop = _Loop(job, engine, heads, train_set.samples, eval_set.samples, directory, model_name)
     loop.digest, loop.metadata = digest, dict(metadata or {})
     loop.console = console or Console(stderr=True)

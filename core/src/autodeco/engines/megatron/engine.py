@@ -13,10 +13,15 @@ from torch import Tensor
 
 from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
 from autodeco.engines.megatron.compat import cure_missing_cuda
+from autodeco.engines.megatron.context import positions_of
 from autodeco.engines.megatron.loading import Place, load_stage
-from autodeco.engines.megatron.model import build_stage, rope_theta, transformer_config
+from autodeco.engines.megatron.model import (
+    build_stage,
+    rope_theta,
+    stack_experts,
+    transformer_config,
+)
 from autodeco.engines.padding import check_finite, pad_batch
-from autodeco.errors import UsageError
 from autodeco.family import Architecture
 from autodeco.files import read_json
 from autodeco.hookspecs import ImportedWeights
@@ -39,7 +44,6 @@ class MegatronEngine:
         dtype: The backbone's dtype.
 
     Raises:
-        UsageError: The layout has context parallelism.
         WeightsError: The checkpoint does not fit.
         NumericsError: A weight is not finite.
     """
@@ -71,13 +75,15 @@ class MegatronEngine:
             last=self.last,
         )
         load_stage(self._model, weights, _place())
-        self._model.to(device)
+        stack_experts(self._model.to(device))
         self._sent: Any = None
         self._together = (
             parallel_state.get_expert_model_parallel_group() if layout.expert > 1 else None
         )
         self.data_rank = int(parallel_state.get_data_parallel_rank())
         self.data_world = int(parallel_state.get_data_parallel_world_size())
+        self._context_rank = int(parallel_state.get_context_parallel_rank())
+        self.whole_samples = layout.context == 1
         tensor = parallel_state.get_tensor_model_parallel_rank()
         self.counts = bool(self.last and tensor == 0)
 
@@ -96,12 +102,12 @@ class MegatronEngine:
             shape = self._agreed_shape(batch)
             if shape is None:
                 break
-            rows, length = shape
-            ids, flat = pad_batch(batch, rows, length)
-            states = self._forward(ids)
+            ids, flat = pad_batch(batch, *shape)
+            mine = positions_of(self._context_rank, self.layout.context, ids.shape[1])
+            states = self._forward(ids[:, mine])
             if batch is None:
                 continue
-            yield self._chosen(states, batch, flat) if self.last else None
+            yield self._chosen(states, batch, flat, mine) if self.last else None
         self._wait()
 
     def _agreed_shape(self, batch: TokenBatch | None) -> tuple[int, int] | None:
@@ -114,10 +120,13 @@ class MegatronEngine:
             box = torch.tensor(mine, device=self.device)
             dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._together)
             mine = box.tolist()
-        return (mine[0], mine[1]) if mine[0] else None
+        if not mine[0]:
+            return None
+        step = 2 * self.layout.context if self.layout.context > 1 else 1
+        return mine[0], -(-mine[1] // step) * step
 
     def _forward(self, ids: Tensor) -> Tensor:
-        """Runs the stage on ids [b, s]; returns [b, s, d] on the last one."""
+        """Runs the stage on ids [b, s], of this context rank; returns [b, s, d] on the last one."""
         ids = ids.to(self.device)
         rows, length = ids.shape
         if not self.first:
@@ -140,9 +149,20 @@ class MegatronEngine:
             self._sent[0].wait()
             self._sent = None
 
-    def _chosen(self, states: Tensor, batch: TokenBatch, flat: Tensor) -> HiddenBatch:
+    def _chosen(
+        self, states: Tensor, batch: TokenBatch, flat: Tensor, positions: Tensor
+    ) -> HiddenBatch:
+        """The states of the batch's predicting positions that this context rank holds."""
         index = batch.predict.nonzero().squeeze(1)
-        h = states.flatten(0, 1)[flat[index].to(self.device)]
+        if self.layout.context > 1:
+            column = torch.full((len(positions) * self.layout.context,), -1)
+            column[positions] = torch.arange(len(positions))
+            index = index[column[batch.positions[index]] >= 0]
+            row = flat[index] // len(column)
+            at = row * len(positions) + column[batch.positions[index]]
+        else:
+            at = flat[index]
+        h = states.flatten(0, 1)[at.to(self.device)]
         sample_id, position = batch.sample_id[index], batch.positions[index]
         check_finite(h, sample_id, position)
         label = batch.ids[index + 1].to(self.device)
@@ -170,12 +190,6 @@ class MegatronEngine:
 
 def _form_groups(layout: ParallelLayout, device: torch.device) -> None:
     """Makes megatron-core's process groups, once in a process."""
-    if layout.context > 1:
-        raise UsageError(
-            f"cp={layout.context}: context parallelism is not there yet",
-            where="--layout",
-            fix="use cp=1; more tensor ranks hold longer sequences too",
-        )
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

@@ -1,20 +1,18 @@
-"""Fills a stage straight from a Hugging Face checkpoint: each rank reads its slices alone."""
+"""Fills a stage from a Hugging Face checkpoint or an imported one: each rank reads its slices."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from autodeco.convert.operations import pack
-from autodeco.convert.safetensors_header import read_checkpoint
+from autodeco.convert.shards import ShardReader
+from autodeco.convert.stored_reader import StoredReader
 from autodeco.errors import NumericsError, WeightsError
 from autodeco.family import ModelShape
 from autodeco.hookspecs import ImportedWeights
@@ -67,7 +65,7 @@ def load_stage(model: Any, weights: ImportedWeights, place: Place) -> None:
     shape = weights.shape
     wanted = parameters_by_target(model, shape, place)
     filled: set[str] = set()
-    with _Reader(weights.path) as reader:
+    with _open(weights) as reader:
         for rule in weights.weight_map.rules:
             targets = [name for name in (rule.target, *rule.copies) if name in wanted]
             if not targets:
@@ -86,12 +84,22 @@ def load_stage(model: Any, weights: ImportedWeights, place: Place) -> None:
         )
 
 
-def _local_target(rule: BoundRule, shape: ModelShape, place: Place, reader: _Reader) -> Tensor:
-    """Reads this rank's slice of every source and packs them."""
+def _open(weights: ImportedWeights) -> ShardReader | StoredReader:
+    if weights.distributed is not None:
+        return StoredReader(weights.distributed)
+    return ShardReader(weights.path)
+
+
+def _local_target(
+    rule: BoundRule, shape: ModelShape, place: Place, reader: ShardReader | StoredReader
+) -> Tensor:
+    """Reads this rank's slice of a target, or of every source, which it packs."""
     of_expert = "{expert}" in rule.rule.target
     rank = place.expert_tensor if of_expert else place.tensor
     ranks = place.expert_tensor_ranks if of_expert else place.tensor_ranks
     dim = rule.rule.parallel_dim
+    if isinstance(reader, StoredReader):
+        return reader.read(rule.target, dim or 0, *((0, 1) if dim is None else (rank, ranks)))
     if dim is None or ranks == 1:
         return pack(rule, shape, [reader.read(name) for name in rule.sources])
     parts = [reader.read(name, dim, rank, ranks) for name in rule.sources]
@@ -119,28 +127,3 @@ def _fill(parameter: nn.Parameter, value: Tensor, name: str, rule: BoundRule) ->
             fix="the checkpoint is damaged, or its values do not fit --dtype: fetch it again, or "
             "try --dtype float32",
         )
-
-
-class _Reader:
-    """Reads tensors, or slices of them, from a checkpoint's shards."""
-
-    def __init__(self, path: Path) -> None:
-        self._infos: Mapping[str, Any] = read_checkpoint(path)
-        self._open: dict[Path, Any] = {}
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-
-    def read(self, name: str, dim: int = 0, rank: int = 0, ranks: int = 1) -> Tensor:
-        """Returns the slice number `rank` of `ranks` along `dim`; no other byte is read."""
-        info = self._infos[name]
-        if info.file not in self._open:
-            self._open[info.file] = safe_open(info.file, framework="pt")
-        piece = self._open[info.file].get_slice(name)
-        size = info.shape[dim] // ranks
-        start = rank * size
-        taken: Tensor = piece[:, start : start + size] if dim else piece[start : start + size]
-        return taken

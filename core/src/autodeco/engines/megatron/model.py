@@ -12,9 +12,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from autodeco.engines.megatron.attention import SdpaCoreAttention
+from autodeco.engines.megatron.experts import GroupedExperts
 from autodeco.errors import WeightsError
 from autodeco.family import Architecture, ModelShape
 from autodeco.layout import ParallelLayout
+
+
+def stack_experts(model: Any) -> None:
+    """Lays the experts' loaded weights out for grouped products, where torch has them."""
+    for module in model.modules():
+        if isinstance(module, GroupedExperts):
+            module.stack()
 
 
 class KeepHidden(nn.Module):
@@ -78,6 +86,7 @@ def transformer_config(
         "apply_rope_fusion": False,
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
+        "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
         "expert_tensor_parallel_size": layout.expert_tensor,
     }
@@ -129,6 +138,8 @@ def build_stage(config: Any, shape: ModelShape, theta: float, *, first: bool, la
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+        if shape.num_experts:
+            layer.submodules.mlp.submodules.experts.module = GroupedExperts
     model = GPTModel(
         config,
         spec,
