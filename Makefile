@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := -e core -e plugins/qwen3
+PACKAGES := -e 'core[megatron]' -e plugins/qwen3
 TOOLS := pytest pytest-timeout pytest-xdist hypothesis scipy ruff mypy import-linter build hatchling types-PyYAML
 
 .PHONY: setup demo test test-all lint dist clean

@@ -39,10 +39,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autodeco import stories
 from autodeco.convert.source import built_in_checkpoint
+from autodeco.decoding.comparison import compare_with_curve
 from autodeco.decoding.plot import COLOURS, Series, svg
 from autodeco.decoding.policy import DecodingPolicy
 from autodeco.decoding.sampler import Answer, sample_answers
-from autodeco.decoding.statistics import Array, compare_with_curve, upper_hull
+from autodeco.decoding.statistics import Array, upper_hull
 from autodeco.files import atomic_write_json, atomic_write_text
 from autodeco.heads.files import load_heads
 from autodeco.heads.modules import DecodingHeads

@@ -46,7 +46,13 @@ from autodeco.training.batching import microbatches
 from autodeco.training.data import Sample
 
 STAGES = 2
-SIZES = {"num_layers": 8, "hidden_size": 256, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32}
+SIZES: dict[str, Any] = {
+    "num_layers": 16,
+    "hidden_size": 256,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "head_dim": 32,
+}
 SIZES |= {"ffn_size": 768, "vocab_size": 8192, "tied_embeddings": False}
 ALPHA = 30.0
 
@@ -96,7 +102,7 @@ def eager_loss(heads: DecodingHeads, h: Tensor, label: Tensor, weight: Tensor) -
     top = p.topk(5, -1).values
     features = torch.stack((top[:, 0], -(p * log_p).sum(-1), p.var(-1), top.sum(-1)), -1)
     top_p = heads.top_p(h, t, features)
-    ordered, order = p.sort(-1, descending=True, stable=True)
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
     mask = torch.exp(-ALPHA * torch.relu(ordered.cumsum(-1) - top_p[:, None]))
     masked = p * torch.zeros_like(p).scatter(-1, order, mask)
     soft = masked.gather(-1, label[:, None]).log()[:, 0] - masked.sum(-1).log()
@@ -164,7 +170,7 @@ class Published:
 
 
 def _let_the_schedule_run_on_cpu() -> None:
-    """megatron-core's schedule makes a counter on "cuda"; there is none here."""
+    """megatron-core's schedule counts on "cuda" and waits for it; there is none here."""
     from megatron.core.pipeline_parallel import schedules
 
     class Torch:
@@ -178,6 +184,7 @@ def _let_the_schedule_run_on_cpu() -> None:
 
     if not torch.cuda.is_available():
         schedules.torch = Torch()
+        torch.cuda.synchronize = lambda *_: None
 
 
 def peak_mib(reset: bool = False) -> float:
@@ -209,7 +216,9 @@ def worker(options: argparse.Namespace) -> None:
     """One stage."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{options.meeting}")
+    rank = int(os.environ["RANK"])
+    meeting = f"file://{options.meeting}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=STAGES)
     engine = build_engine(options.meeting.parent)
     heads = DecodingHeads(HeadsConfig(SIZES["hidden_size"]), torch.Generator().manual_seed(0))
     rows = samples(options.samples, options.longest)

@@ -48,7 +48,7 @@ def megatron_stage(
     """The whole model as one megatron stage with random weights."""
     from megatron.core import parallel_state
 
-    from autodeco.engines.megatron.compat import cure_missing_cuda
+    from autodeco.engines.megatron.compat import apply_cures
     from autodeco.engines.megatron.model import (
         build_stage,
         rope_theta,
@@ -56,7 +56,7 @@ def megatron_stage(
         transformer_config,
     )
 
-    cure_missing_cuda()
+    apply_cures()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = dist.HashStore()  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from training_tools import TinyEngine, run_training, tiny_heads, tiny_job
 
 from autodeco.engines.base import HiddenBatch, TokenBatch
+from autodeco.errors import StoppedEarly
 
 
 class Signalled(TinyEngine):
@@ -53,7 +54,7 @@ def main(root: Path, changes: dict[str, Any], options: dict[str, Any]) -> None:
     stopped = False
     try:
         run_training(directory, tiny_job(**changes), heads=heads, engine=engine)
-    except KeyboardInterrupt:
+    except StoppedEarly:
         stopped = True
     tensors = {name: tensor.detach().clone() for name, tensor in heads.state_dict().items()}
     tensors["stopped"] = torch.tensor(stopped)

@@ -290,3 +290,13 @@ def test_bug_math_verify_does_not_read_bare_latex_as_a_ground_truth(stand_in: li
 def test_math_verify_itself_agrees_where_it_is_installed(text: str, gt: str, right: bool) -> None:
     pytest.importorskip("math_verify")
     assert check(text, gt, "math-verify") is right
+
+
+def test_bug_many_unclosed_boxes_took_the_square_of_their_number() -> None:
+    import time
+
+    text = r"\boxed{3} " + r"\boxed{ {" * 40_000
+    began = time.process_time()
+    assert extract_answer(text) == "3"
+    assert time.process_time() - began < 2
+    assert extract_answer("} } " + r"\boxed{a\boxed{b}c} \boxed{") == "b"

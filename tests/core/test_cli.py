@@ -88,6 +88,7 @@ def tiny(out: Path, job: tuple[str, ...]) -> Path:
 
 def test_all_commands_are_there() -> None:
     promised = {*STAGES, "run", "split", "generate", "data show", "plugin list", "plugin show"}
+    promised |= {"launch", "doctor", "plan"}
     assert set(COMMANDS) == promised
 
 
@@ -127,7 +128,7 @@ def test_a_stage_alone_takes_the_options_of_run(stage: str) -> None:
 
     whole, alone = options("run"), options(stage)
     assert {name: alone.get(name) for name in whole} == whole
-    on_paths = {"--output", "--input", "--heads-dir"} if stage not in ("import", "train") else set()
+    on_paths = {"--output", "--input", "--heads-dir", "--format"} if stage != "train" else set()
     assert set(alone) - set(whole) <= on_paths
 
 
@@ -247,9 +248,9 @@ def test_run_prints_one_json_document(
     tmp_path: Path, job: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     # brackets that rich would take for markup
-    told = run_json(capsys, "run", *job, *SHORT, "--out", tmp_path / "[red]", "--name", "a[/b]")
+    told = run_json(capsys, "run", *job, *SHORT, "--out", tmp_path / "[red]", "--name", "a[b]")
     assert [row["stage"] for row in told["stages"]] == list(pipeline.STAGES)
-    assert Path(told["run"]).parent == tmp_path / "[red]" / "a[/b]"
+    assert Path(told["run"]).parent == tmp_path / "[red]" / "a[b]"
     assert told["evaluation"]["settings"]
 
 

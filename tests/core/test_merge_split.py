@@ -77,7 +77,7 @@ def test_copy_and_what_happens_without_links(
     asked = merge(base, heads, tmp_path / "asked", copy=True)
     assert asked.copied > 0 == asked.linked
     monkeypatch.setattr(os, "link", _no_link)
-    monkeypatch.setattr("autodeco.files._reflink", lambda *_: False)
+    monkeypatch.setattr("autodeco.files.reflink", lambda *_: False)
     forced = merge(base, heads, tmp_path / "forced")
     assert forced.copied == asked.copied and forced.linked == 0
     assert forced.bytes_written >= sum(p.stat().st_size for p in base.glob("*.safetensors"))

@@ -196,3 +196,38 @@ def test_hooks_are_called_on_the_chosen_plugin_alone() -> None:
     registry = Registry([Entry("qwen3", plugin()), Entry("other", other)])
     with pytest.raises(PluginError, match="no model or no preset"):
         registry.resolve("qwen3", None, None).hooks().import_weights(job=Job())
+
+
+def test_bug_a_plugin_without_a_fitting_preset_hid_the_one_that_fits(tmp_path: Path) -> None:
+    model = write_config(tmp_path / "model")
+    other = dataclasses.replace(FAMILY, id="mine", presets=(FAMILY.preset("0.6b"),), aliases=())
+    entries = [Entry("mine", FamilyPlugin(other)), Entry("qwen3", FamilyPlugin(FAMILY))]
+    found = Registry(entries).resolve(None, model, None)
+    assert (found.family.id, found.preset.name) == ("qwen3", "8b")
+    with pytest.raises(PluginError, match="no preset has the checkpoint's shape"):
+        Registry(entries[:1]).resolve(None, model, None)
+
+
+class _Broken(FamilyPlugin):
+    """An author's hooks that fail."""
+
+    def attach_heads(self, job: Job, model: Any) -> Any:
+        raise ValueError("mine broke")
+
+    def export_heads(self, job: Job, model: Any, path: Path) -> Any:
+        return None
+
+
+def test_bug_faults_of_a_plugin_were_said_to_be_ours() -> None:
+    entry = Entry("qwen3", _Broken(FAMILY), dist_name="their-dist")
+    hooks = Registry([entry]).resolve("qwen3", None, None).hooks()
+    with pytest.raises(PluginError) as error:
+        hooks.attach_heads(job=Job(), model=None)
+    assert (
+        "plugin qwen3 (their-dist 1.2): its hook attach_heads failed: ValueError: mine broke"
+        in (str(error.value))
+    )
+    with pytest.raises(PluginError, match="export_heads returned nothing"):
+        hooks.export_heads(job=Job(), model=None, path=Path())
+    with pytest.raises(PluginError, match="no model or no preset"):
+        hooks.import_weights(job=Job())  # our own body: its error stays as it is

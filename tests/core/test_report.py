@@ -300,7 +300,12 @@ def test_the_stage_writes_result_and_report_with_the_training_curves(tmp_path: P
         resamples=20,
         grid=[],
     )
-    assert sorted(p.name for p in out.iterdir()) == ["evaluation.json", METRICS, "report.html"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "answers.jsonl",
+        "evaluation.json",
+        METRICS,
+        "report.html",
+    ]
     assert read_json(out / "evaluation.json") == outcome.results
     roles = [one["role"] for one in outcome.results["settings"]]
     assert roles == ["greedy", "vendor", "mean shift", *["heads"] * 6]
@@ -310,6 +315,21 @@ def test_the_stage_writes_result_and_report_with_the_training_curves(tmp_path: P
     assert len(Page(html).named("span")) > 2 and all(s in html for s in ("1+1=", "small"))
     assert outcome.verdict == " ".join(outcome.results["verdict"])
     assert "2 problems, asked as text" in told.getvalue()
+
+
+def test_bug_without_heads_the_report_said_hover_though_nothing_can_be_hovered(
+    tmp_path: Path,
+) -> None:
+    for heads in (True, False):
+        page = Page(report(tmp_path, result(shown=(shown([70, 71], heads=heads),))))
+        assert bool(page.named("span")) == heads
+        assert any("Hover for the numbers" in text for text in page.inside("p")) == heads
+
+
+def test_bug_line_breaks_of_a_problem_were_lost(tmp_path: Path) -> None:
+    html = report(tmp_path, result(shown=(shown([70], problem="one\n  two"),)))
+    assert '<p class="problem">one\n  two</p>' in html
+    assert ".problem { white-space: pre-wrap" in html
 
 
 POINTS = {

@@ -227,7 +227,8 @@ def test_progress_and_order(model: Any) -> None:
         rows_at_once=6,
         progress=lambda done, total: calls.append((done, total)),
     )
-    assert calls == [(6, 16), (12, 16), (16, 16)]
+    assert list(dict.fromkeys(calls)) == [(0, 16), (6, 16), (12, 16), (16, 16)]
+    assert len(calls) == 1 + 3 * 13, "after every token, so that a slow batch is seen to live"
     keys = [(a.prompt, a.policy, a.sample) for a in answers]
     assert keys == [(p, q, s) for p in range(4) for q in range(2) for s in range(2)]
 

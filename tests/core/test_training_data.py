@@ -58,6 +58,24 @@ def test_messages(tmp_path: Path) -> None:
     assert words_of(TOKENIZER, learned(sample)) == ["y", "e", "s", END]
 
 
+def test_bug_text_behind_the_end_of_the_turn_was_learned(tmp_path: Path) -> None:
+    record = {"prompt": "<|im_start|>assistant\n", "completion": "yes<|im_end|>\n"}
+    (sample,) = load(tmp_path, record).samples
+    assert words_of(TOKENIZER, learned(sample)) == ["y", "e", "s", END]
+
+
+def test_bug_columns_of_null_were_taken_for_a_schema(tmp_path: Path) -> None:
+    record = {"prompt": "x", "completion": "y", "messages": None, "inputs": None, "tools": None}
+    (sample,) = load(tmp_path, record).samples
+    assert words_of(TOKENIZER, learned(sample)) == ["y", EOS]
+
+
+def test_the_held_out_split_can_be_capped(tmp_path: Path) -> None:
+    samples = load(tmp_path, *[GOOD] * 40)
+    train, held_out = split_held_out(samples, 0.5, 0, 3)
+    assert (len(train.samples), len(held_out.samples)) == (37, 3)
+
+
 @pytest.mark.parametrize(("prompt", "completion"), [(1, 1), (1, 4), (5, 1), (3, 7)])
 def test_positions_that_predict(tmp_path: Path, prompt: int, completion: int) -> None:
     record = {"inputs": {"p_ids": [10] * prompt, "r_ids": [11] * (completion - 1) + [END_ID]}}
@@ -102,7 +120,12 @@ BAD = {
         "a int, not text",
         "JSON string",
     ),
-    "prompt of null": ('{"prompt": null, "completion": "b"}', "not text", "JSON string"),
+    "prompt of null": ('{"prompt": null, "completion": "b"}', "'prompt' is missing", "completion"),
+    "two schemas": (
+        '{"prompt": "a", "completion": "b", "inputs": {"p_ids": [1], "r_ids": [1]}}',
+        "several schemas: inputs, completion",
+        "leave one",
+    ),
     "prompt of a list": ('{"prompt": ["a"], "completion": "b"}', "a list, not text", "string"),
     "empty completion": ('{"prompt": "a", "completion": ""}', "completion is empty", "remove"),
     "empty prompt": ('{"prompt": "", "completion": "b"}', "prompt has no token", "give a prompt"),

@@ -20,7 +20,7 @@ from training_tools import (
     tiny_job,
 )
 
-from autodeco.errors import DataError, NumericsError, RunError
+from autodeco.errors import DataError, NumericsError, RunError, StoppedEarly
 from autodeco.heads.files import load_heads
 from autodeco.heads.objective import OBJECTIVES, objective_sums
 from autodeco.training.batching import microbatches
@@ -85,7 +85,7 @@ def test_a_signal_ends_with_a_checkpoint_and_resuming_is_bit_identical(
     run_training(tmp_path / "whole", job)
     number = signal.SIGTERM if at % 2 else signal.SIGINT
     handler = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedEarly if at % 2 else KeyboardInterrupt):
         engine = StopAt(at, lambda: os.kill(os.getpid(), number))
         run_training(tmp_path / "cut", job, engine=engine)
     assert signal.getsignal(number) == handler
@@ -112,7 +112,7 @@ def test_resuming_does_not_depend_on_the_global_generators(tmp_path: Path) -> No
     job = tiny_job(drop=0.3)
     run_training(tmp_path / "whole", job)
     for batch in (11, 9, 7):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StoppedEarly):
             engine = StopAt(batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
             run_training(tmp_path / "cut", job, engine=engine)
         torch.manual_seed(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 import numpy as np
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from autodeco.convert.random_checkpoint import write_random_checkpoint
 from autodeco.convert.source import open_source
@@ -25,6 +28,17 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Leaves no process group to other tests of this process."""
+    yield
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 TOLERANCE = {"float32": 2e-4, "bfloat16": 3e-2}
 
 

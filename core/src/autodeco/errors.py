@@ -20,6 +20,7 @@ class AutodecoError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+    agreed = False  # whether all ranks raise it together; rank 0 then says it for all
 
     def __init__(
         self, what: str, *, who: str | None = None, where: str | None = None, fix: str | None = None
@@ -82,6 +83,29 @@ class NumericsError(AutodecoError):
     exit_code = 8
 
 
+class StoppedEarly(BaseException):
+    """The run ends before its end, as it was asked to; the same command goes on (exit code 75).
+
+    It is no `Exception`, as little as KeyboardInterrupt is one: nobody shall swallow it.
+
+    Args:
+        what: Why, and where.
+        agreed: Whether all ranks end so, together.
+    """
+
+    exit_code: ClassVar[int] = 75
+
+    def __init__(self, what: str, *, agreed: bool = False) -> None:
+        super().__init__(what)
+        self.agreed = agreed
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after a checkpoint, on all ranks together (exit code 130)."""
+
+    agreed = True
+
+
 EXIT_CODES: dict[int, str] = {
     0: "success",
     1: "a defect of autodeco (run again with --debug and report the traceback)",
@@ -92,5 +116,6 @@ EXIT_CODES: dict[int, str] = {
     6: "the run directory is locked, or the run in it cannot be continued",
     7: "the machine lacks something: a package, disk space, a permission",
     8: "a weight, a hidden state or a loss is not finite",
+    75: "stopped early with a checkpoint; run the same command again",
     130: "interrupted from the keyboard; the same command continues",
 }

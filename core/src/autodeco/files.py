@@ -14,9 +14,9 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from autodeco.errors import EnvironmentProblem, WeightsError
+from autodeco.errors import EnvironmentProblem, UsageError, WeightsError
 
 PARTIAL_SUFFIX = ".partial"
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of a file
@@ -69,11 +69,22 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     Raises:
         EnvironmentProblem: The file cannot be written; the old content is intact.
     """
+    with atomic_file(path) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a stream whose content becomes that of `path` when the block ends well.
+
+    Raises:
+        EnvironmentProblem: The file cannot be written; the old content is intact.
+    """
     temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -82,6 +93,10 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise write_problem(error, path) from error
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -103,10 +118,11 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
         replace: Put the new directory in the place of an existing one.
 
     Raises:
-        EnvironmentProblem: It cannot be written, or `final` exists and `replace` is False.
+        UsageError: `final` exists and `replace` is False.
+        EnvironmentProblem: It cannot be written.
     """
     if final.exists() and not replace:
-        raise EnvironmentProblem(
+        raise UsageError(
             "the output directory exists already",
             where=str(final),
             fix="choose another output, or remove it first",
@@ -134,6 +150,20 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish(prepared: Path, final: Path) -> None:
+    """Gives a complete directory, made by several processes or runs, its name in one step.
+
+    Raises:
+        EnvironmentProblem: It cannot be synced or renamed, or `final` exists.
+    """
+    try:
+        sync_tree(prepared)
+        prepared.rename(final)
+        _fsync(final.parent)
+    except OSError as error:
+        raise write_problem(error, final) from error
 
 
 def sync_tree(directory: Path) -> None:
@@ -198,7 +228,7 @@ def link_or_copy(source: Path, target: Path) -> Literal["hardlink", "reflink", "
     with contextlib.suppress(OSError):
         os.link(source, target)
         return "hardlink"
-    if _reflink(source, target):
+    if reflink(source, target):
         return "reflink"
     try:
         shutil.copyfile(source, target)
@@ -207,7 +237,8 @@ def link_or_copy(source: Path, target: Path) -> Literal["hardlink", "reflink", "
     return "copy"
 
 
-def _reflink(source: Path, target: Path) -> bool:
+def reflink(source: Path, target: Path) -> bool:
+    """Makes `target` a copy on write of `source`; returns whether the filesystem can."""
     try:
         import fcntl
     except ImportError:  # not on this platform

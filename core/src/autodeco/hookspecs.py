@@ -25,16 +25,18 @@ class ImportedWeights:
     """A handle on weights; nothing is loaded.
 
     Attributes:
-        path: The checkpoint directory.
+        path: The checkpoint directory, in Hugging Face format: config.json and tokenizer are here.
         format: ``hf`` (safetensors, as on the hub) or ``torch_dist`` (megatron-core).
         weight_map: The family's map, bound to this checkpoint and proved total.
         shape: The model's shape, as in its ``config.json``.
+        distributed: The imported checkpoint, where the format is ``torch_dist``.
     """
 
     path: Path
     format: Literal["hf", "torch_dist"]
     weight_map: BoundWeightMap
     shape: ModelShape
+    distributed: Path | None = None
 
 
 @dataclass(frozen=True)

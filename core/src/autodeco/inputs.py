@@ -18,6 +18,7 @@ from autodeco.registry import Resolution
 
 _TASK_SEED = 20251
 _HELD_OUT = 256
+_SAMPLED_TENSORS, _SAMPLED_BYTES = 512, 256
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,9 @@ class Inputs:
     def digests(job: Job, resolution: Resolution) -> dict[str, str]:
         """Returns digests of all inputs, for the job's hash.
 
-        A checkpoint is identified by its config.json, its tensors' names, dtypes and shapes, and
-        its files' sizes: hashing terabytes at every start would cost more than it protects from.
+        A checkpoint is identified by its configuration, tokenizer and template, its tensors' names,
+        dtypes and shapes, its files' sizes, and some bytes out of the middle of up to 512 tensors:
+        hashing terabytes at every start would cost more than it protects from.
 
         What can be told from the inputs alone is checked here, before a run begins.
 
@@ -62,10 +64,9 @@ class Inputs:
             digests["data"] = f"built-in {_require_task(resolution)}"
         if job.eval_data is not None:
             digests["eval_data"] = file_digest(job.eval_data)
-        if job.problems is not None:
-            from autodeco.decoding.problems import load_problems
-
-            load_problems(job.problems, limit=job.evaluate_problems)
+        if job.init_heads is not None:
+            digests["init_heads"] = _heads_digest(job.init_heads)
+        _check_what_comes_late(job)
         return digests
 
     def tokenizer(self) -> Any:
@@ -125,7 +126,9 @@ class Inputs:
         train = load(job.data)
         if job.eval_data is not None:
             return train, load(job.eval_data)
-        return split_held_out(train, job.held_out, job.seed)
+        train, held_out = split_held_out(train, job.held_out, job.seed, job.held_out_most)
+        console.print(f"  {len(held_out.samples)} of them are held out", highlight=False)
+        return train, held_out
 
 
 def prepare_inputs(job: Job, resolution: Resolution, directory: Path) -> Inputs:
@@ -147,6 +150,8 @@ def prepare_inputs(job: Job, resolution: Resolution, directory: Path) -> Inputs:
     if job.model is None:
         model = built_in_checkpoint(family, preset, directory / "model")
         job = job.replace(model=model)
+    if job.import_format != "hf" and job.import_dir is None:
+        job = job.replace(import_dir=directory / "imported")
     problems = job.problems
     if job.data is None:
         _require_task(resolution)
@@ -172,19 +177,65 @@ def _built_in_data(job: Job, directory: Path) -> tuple[Job, Path]:
         stories.write_records(data, _TASK_SEED, "train", job.task_samples)
     if not held_out.exists():
         stories.write_records(held_out, _TASK_SEED, "heldout", _HELD_OUT)
-    if not problems.exists():
+    if not problems.exists() or _lines(problems) != job.evaluate_problems:
         stories.write_problems(problems, _TASK_SEED, count=job.evaluate_problems)
     return job.replace(data=data, eval_data=job.eval_data or held_out), job.problems or problems
 
 
-def _model_digest(model: Path) -> str:
-    from autodeco.convert.safetensors_header import read_checkpoint
+def _check_what_comes_late(job: Job) -> None:
+    """Finds before a run begins what would end it hours later.
+
+    Raises:
+        DataError: The problems cannot be used.
+        EnvironmentProblem: The tracker's or the answer checker's package is not installed.
+    """
+    from autodeco.decoding.answers import require_method
+    from autodeco.training.logging import require_tracker
+
+    if job.problems is not None:
+        from autodeco.decoding.problems import load_problems
+
+        load_problems(job.problems, limit=job.evaluate_problems)
+    require_method(job.answer_check)
+    require_tracker(job.track)
+
+
+def _heads_digest(path: Path) -> str:
+    """A digest of the numbers of heads to start from.
+
+    Raises:
+        WeightsError: They cannot be read.
+    """
+    from autodeco.heads.files import load_heads
 
     digest = hashlib.sha256()
-    config = model / "config.json"
-    read_json(config)
-    digest.update(config.read_bytes())
+    for name, tensor in sorted(load_heads(path).heads.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as stream:
+        return sum(1 for _ in stream)
+
+
+def _model_digest(model: Path) -> str:
+    from autodeco.convert.safetensors_header import read_checkpoint
+    from autodeco.training.data import file_digest
+
+    digest = hashlib.sha256()
+    read_json(model / "config.json")
+    # The end-of-turn tokens and the template decide what is learned from.
+    for pattern in ("config.json", "generation_config.json", "token*", "special_tokens*", "chat_*"):
+        for file in sorted(p for p in model.glob(pattern) if p.is_file()):
+            digest.update(f"{file.name} {file_digest(file)}\n".encode())
     infos = read_checkpoint(model)
+    for info in sorted(infos.values(), key=lambda i: (i.file.name, i.start))[
+        :: max(1, len(infos) // _SAMPLED_TENSORS)
+    ]:
+        with info.file.open("rb") as stream:
+            stream.seek(info.start + info.size // 2)
+            digest.update(stream.read(min(_SAMPLED_BYTES, info.size - info.size // 2)))
     for name, info in sorted(infos.items()):
         digest.update(f"{name} {info.dtype} {info.shape} {info.file.name}\n".encode())
     for file in sorted({info.file for info in infos.values()}):

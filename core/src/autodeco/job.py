@@ -84,6 +84,18 @@ class Job:
         choices=(AUTO, "float32", "bfloat16", "float16"),
         result=True,
     )
+    import_format: str = _option(
+        "hf",
+        "hf: the engine reads the checkpoint itself; torch_dist: it is first written as a "
+        "megatron-core checkpoint.",
+        section="model",
+        choices=("hf", "torch_dist"),
+    )
+    import_dir: Path | None = _option(
+        None,
+        "Where the imported checkpoint is, or will be; default: in the run directory.",
+        section="model",
+    )
     trust_remote_code: bool = _option(
         False, "Run model code that comes with the checkpoint.", section="model"
     )
@@ -104,6 +116,9 @@ class Job:
         result=True,
         above=0,
         below=1,
+    )
+    held_out_most: int = _option(
+        128, "At most this many samples are held out.", section="data", result=True, low=1
     )
     max_length: int = _option(
         6144, "Longer samples (tokens) are dropped and counted.", section="data", result=True, low=2
@@ -134,7 +149,7 @@ class Job:
         flag="--enhanced-features/--no-enhanced-features",
     )
     init_heads: Path | None = _option(
-        None, "Start from these heads (directory or file).", section="heads", result=True
+        None, "Start from these heads (directory or file).", section="heads"
     )
     save_dtype: str = _option(
         "float32",
@@ -172,9 +187,15 @@ class Job:
     min_learning_rate: float = _option(
         1e-5, "Learning rate of the constant tail.", section="train", result=True, low=0
     )
-    warmup_steps: int = _option(20, "Linear warm-up.", section="train", result=True, low=0)
+    warmup_steps: int = _option(
+        20, "Linear warm-up; half of the run at most.", section="train", result=True, low=0
+    )
     constant_steps: int = _option(
-        0, "Steps at the minimum, at the end.", section="train", result=True, low=0
+        0,
+        "Steps at the minimum, at the end; a quarter of the run at most.",
+        section="train",
+        result=True,
+        low=0,
     )
     weight_decay: float = _option(0.0, "AdamW weight decay.", section="train", result=True, low=0)
     clip: float = _option(
@@ -215,6 +236,18 @@ class Job:
         "", "Fields, by comma, that may differ from the resumed run's.", section="run"
     )
 
+    time_limit: str | None = _option(
+        None,
+        "End with a checkpoint before this has passed since the start: 3h50m, 90m, or seconds.",
+        section="run",
+    )
+    dist_timeout: float = _option(
+        600.0,
+        "Seconds after which a rank that is silent, or that the others wait for, ends the run.",
+        section="run",
+        low=1,
+    )
+
     checkpoint: str = _option("best", "Checkpoint to export: best, last or a step.", section="out")
     temperature_scale: float = _option(
         1.0, "The dial's default, stored with the exported heads.", section="out", above=0
@@ -247,6 +280,9 @@ class Job:
     )
     evaluate_problems: int = _option(256, "At most this many problems.", section="evaluate", low=1)
     evaluate_samples: int = _option(1, "Answers a problem and setting.", section="evaluate", low=1)
+    evaluate_rows: int | None = _option(
+        None, "Answers decoded at once; default: what fits in memory.", section="evaluate", low=1
+    )
     max_new_tokens: int = _option(2048, "Longest answer.", section="evaluate", low=1)
     evaluate_seed: int = _option(
         1234, "Seed of the sampling.", section="evaluate", low=0, high=_LARGEST_SEED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from autodeco.errors import UsageError
 from autodeco.job import Job
+from autodeco.stopping import parse_duration
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = {
     "low": (operator.ge, "at least"),
     "high": (operator.le, "at most"),
@@ -63,12 +66,20 @@ def coerce_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
 
 def _check_words(name: str, value: Any, fields: Mapping[str, Any], where: str) -> None:
-    """Checks the two fields of text that are not free."""
+    """Checks the fields of text that are not free."""
+    if name == "time_limit" and value is not None:
+        parse_duration(value)
     if name == "checkpoint" and value not in ("best", "last") and not value.isdecimal():
         raise UsageError(
             f"checkpoint: {value!r} is neither best, last nor a step",
             where=where,
             fix="give best, last or a number",
+        )
+    if name == "name" and value is not None and (Path(value).name != value or value in ".."):
+        raise UsageError(
+            f"name: {value!r} is no plain name of a directory",
+            where=where,
+            fix="leave out separators and dots: runs lie in --out/NAME/TIME",
         )
     if name == "allow_change":
         for changed in filter(None, value.replace("-", "_").split(",")):
@@ -113,6 +124,8 @@ def _coerce(name: str, value: Any, hint: Any, where: str) -> Any:
             return value
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
+        if wanted is float and isinstance(value, str) and _NUMBER.fullmatch(value):
+            return float(value)  # YAML 1.1 reads 1e-4 as text
         if wanted is str and isinstance(value, int) and not isinstance(value, bool):
             return str(value)  # --checkpoint 300
     raise UsageError(

@@ -6,13 +6,14 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from autodeco.cluster.environment import forwarded_variables
+from autodeco.cluster.join import Cluster, joined
+from autodeco.cluster.log import rank_log
 from autodeco.errors import AutodecoError, UsageError
 from autodeco.files import remove
 from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
@@ -21,6 +22,9 @@ from autodeco.job import Job
 from autodeco.processes import rank, world_size
 from autodeco.registry import Registry, Resolution
 from autodeco.run_directory import STAGE_OPTIONS, STAGES, RunDirectory, open_run, record_job
+from autodeco.run_summary import RunSummary
+from autodeco.stopping import StopWatch, end_early
+from autodeco.support import announce
 
 _AFTER_TRAINING = frozenset({"export", "merge", "evaluate"})
 _NEEDS_MODEL = frozenset({"build", "attach", "train", "evaluate"})
@@ -37,38 +41,6 @@ class _State:
     evaluation: Any = None
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """What a run did.
-
-    Attributes:
-        path: The run directory.
-        rows: Stage, what it made, seconds.
-        results: The evaluation's result as JSON, or None.
-        evaluation: A renderable table of it, or None.
-    """
-
-    path: Path
-    rows: tuple[tuple[str, str, float], ...]
-    results: Mapping[str, Any] | None = None
-    evaluation: Any = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the summary for scripts."""
-        stages = [{"stage": s, "made": m, "seconds": round(t, 3)} for s, m, t in self.rows]
-        return {"run": str(self.path), "stages": stages, "evaluation": self.results}
-
-    def table(self) -> Table:
-        """Returns the summary for people."""
-        table = Table(title=escape(f"run {self.path}"), title_justify="left")
-        table.add_column("stage")
-        table.add_column("made", overflow="fold")
-        table.add_column("seconds", justify="right")
-        for stage, made, seconds in self.rows:
-            table.add_row(stage, escape(made), f"{seconds:.1f}")
-        return table
-
-
 def run_job(
     job: Job,
     *,
@@ -76,6 +48,7 @@ def run_job(
     stages: Sequence[str] | None = None,
     console: Console | None = None,
     provenance: Mapping[str, str] | None = None,
+    resolution: Resolution | None = None,
 ) -> RunSummary:
     """Runs the stages of a job, skipping those that are done.
 
@@ -85,7 +58,8 @@ def run_job(
         stages: Which of `STAGES`; all by default. Stages after the training, asked for without
             it, are done again in the newest trained run of this job.
         console: Where progress goes.
-        provenance: Field -> where its value came from; printed and recorded.
+        provenance: Field -> where its value came from; recorded.
+        resolution: The plugin and preset, where they were found already.
 
     Returns:
         What was done, on rank 0; on the others an empty summary.
@@ -100,16 +74,15 @@ def run_job(
     for stage in wanted:
         if stage not in STAGES:
             raise UsageError(f"no stage {stage!r}", fix="choose from " + ", ".join(STAGES))
-    resolution = registry.resolve(job.plugin, job.model, job.preset)
+    resolution = resolution or registry.resolve(job.plugin, job.model, job.preset)
     choose_engine(job, resolution.preset, world_size())  # an impossible layout ends here
-    if world_size() > 1:
-        _join_processes(job)
     job = job.replace(
         plugin=resolution.family.id,
         preset=resolution.preset.name,
         name=job.name or f"{resolution.family.id}-{resolution.preset.name}",
     )
-    return _Run(job, resolution, console, wanted, provenance or {}).execute()
+    with joined(job) as cluster:
+        return _Run(job, resolution, console, wanted, provenance or {}, cluster).execute()
 
 
 class _Run:
@@ -122,7 +95,9 @@ class _Run:
         console: Console,
         wanted: Sequence[str],
         provenance: Mapping[str, str],
+        cluster: Cluster,
     ) -> None:
+        self.cluster = cluster
         self.resolution = resolution
         self.hooks = resolution.hooks()
         self.console = console
@@ -137,53 +112,60 @@ class _Run:
         """Opens the run directory under its lock and goes through the stages."""
         from autodeco.training.lock import run_lock
 
-        digests = Inputs.digests(self.job, self.resolution)
-        digest = self.job.digest(digests)
-        allow = frozenset(filter(None, self.job.allow_change.replace("-", "_").split(",")))
-        self.directory = self._open(digest, digests, allow)
-        lock = run_lock(self.directory.path) if rank() == 0 else None
+        cluster, first = self.cluster, rank() == 0
+        digests = cluster.together(lambda: Inputs.digests(self.job, self.resolution))
+        cluster.same_inputs(digests)
+        self.digest = self.job.digest(digests)
+        self.directory = self._open(digests)
+        path = self.directory.path
+        lock = cluster.together(lambda: run_lock(path) if first else None)
         try:
-            if rank() == 0:
-                for left in record_job(self.directory, self.job, digest, digests):
-                    self.console.print(
-                        escape(f"removed {left}, of an interrupted run"), highlight=False
-                    )
-            self.inputs = self._prepare()
-            self.job = self.inputs.job
-            self.digest = digest
-            self._announce()
-            for stage in self.wanted:
-                self._stage(stage)
-            return self._summary()
+            cluster.require_shared(path)
+            cluster.together(lambda: self._record(digests) if first else None)
+            with rank_log(path, rank(), self._device()) as self.log:
+                # rank 0 writes the built-in inputs; the others find them
+                made = cluster.together(lambda: self._inputs() if first else None)
+                self.inputs = cluster.together(lambda: made or self._inputs())
+                self.job = self.inputs.job
+                self._announce()
+                for stage in self.wanted:
+                    self._stage(stage)
+                return self._summary()
         finally:
             if lock is not None:
                 lock.release()
 
-    def _prepare(self) -> Inputs:
-        """Rank 0 writes the built-in inputs; the others find them."""
-        if rank() == 0:
-            inputs = prepare_inputs(self.job, self.resolution, self.directory.path)
-        if world_size() > 1:
-            import torch.distributed as dist
+    def _open(self, digests: Mapping[str, str]) -> RunDirectory:
+        """Rank 0 chooses the run directory."""
+        allow = frozenset(filter(None, self.job.allow_change.replace("-", "_").split(",")))
 
-            dist.barrier()
-        if rank() != 0:
-            inputs = prepare_inputs(self.job, self.resolution, self.directory.path)
-        return inputs
-
-    def _open(self, digest: str, digests: Mapping[str, str], allow: frozenset[str]) -> RunDirectory:
-        if rank() == 0:
-            directory, remarks = open_run(self.job, digest, digests, allow, trained=self.again)
+        def choose() -> RunDirectory:
+            directory, remarks = open_run(self.job, self.digest, digests, allow, trained=self.again)
             for remark in remarks:
                 self.console.print(escape(remark), highlight=False)
-            chosen = [str(directory.path), directory.resumed]
-        else:
-            chosen = [None, None]
-        if world_size() > 1:
-            import torch.distributed as dist
+            return directory
 
-            dist.broadcast_object_list(chosen, src=0)
-        return RunDirectory(Path(str(chosen[0])), bool(chosen[1]))
+        chosen = self.cluster.together(lambda: choose() if rank() == 0 else None)
+        directory = self.cluster.from_first(chosen)
+        assert directory is not None
+        return directory
+
+    def _record(self, digests: Mapping[str, str]) -> None:
+        for left in record_job(
+            self.directory, self.job, self.digest, digests, forwarded_variables()
+        ):
+            self.console.print(escape(f"removed {left}, of an interrupted run"), highlight=False)
+
+    def _inputs(self) -> Inputs:
+        return prepare_inputs(self.job, self.resolution, self.directory.path)
+
+    def _device(self) -> str:
+        from autodeco.engines.select import choose_device
+
+        try:
+            return str(choose_device(self.job.device))
+        except AutodecoError:  # the stages that need it will say so
+            return self.job.device
 
     def _announce(self) -> None:
         family, preset = self.resolution.family, self.resolution.preset
@@ -205,21 +187,35 @@ class _Run:
                 STAGES[STAGES.index(stage) :] if stage == "export" else (stage,)
             ):  # they read its heads
                 remove(self.directory.manifest(stale))
-        if self.directory.done(stage) and not memory_only:
+        if self.directory.done(stage) and not memory_only and self._has_output(stage):
             self.console.print(f"{stage}: done before, skipped", highlight=False)
             made = self.directory.read_manifest(stage).get("made", "")
             self.state.rows.append((stage, made, 0.0))
             return
         if memory_only and not self._model_is_needed():
             return
+        if stage in _AFTER_TRAINING:
+            end_early(StopWatch(self.job.time_limit).wanted(), f"no time is left for {stage}")
         self.console.print(f"[bold]{stage}[/bold]", highlight=False)
+        self.log.info("%s begins", stage)
         began = time.monotonic()
         made, outputs = body()
         seconds = time.monotonic() - began
+        self.log.info("%s ends after %.1f s: %s", stage, seconds, made or "skipped")
         if rank() == 0 and made is not None:
             more = {"options": options} if options else {}
             self.directory.complete(stage, seconds, made=made, **more, **outputs)
         self.state.rows.append((stage, made or "skipped", seconds))
+
+    def _has_output(self, stage: str) -> bool:
+        """Whether what a done stage made is still there."""
+        made = {"export": "heads", "merge": "merged", "evaluate": "evaluation.json"}
+        nothing = {"merge": self.job.merge == "none", "evaluate": self.inputs.problems is None}
+        return (
+            stage not in made
+            or nothing.get(stage, False)
+            or (self.directory.path / made[stage]).exists()
+        )
 
     def _done_otherwise(self, stage: str, options: Mapping[str, Any]) -> bool:
         """Whether the stage was done before, with other values of the options it depends on."""
@@ -241,6 +237,15 @@ class _Run:
             self.state.weights = self.hooks.import_weights(job=self.job)
         assert self.state.weights is not None
         return self.state.weights
+
+    def _source(self) -> ImportedWeights:
+        """The checkpoint as it was given: what rank 0 alone needs after the training."""
+        if self.state.weights is not None:
+            return self.state.weights
+        source = self.job.replace(import_format="hf")
+        found: ImportedWeights | None = self.hooks.import_weights(job=source)
+        assert found is not None
+        return found
 
     def _built(self) -> BuiltModel:
         if self.state.model is None:
@@ -265,6 +270,7 @@ class _Run:
 
     def _build(self) -> tuple[str, dict[str, Any]]:
         engine = self._built().engine
+        announce(engine, self.console)
         made = f"engine {engine.name} on {engine.device}, {str(engine.dtype).split('.')[-1]}"
         return made, {"engine": engine.name, "device": str(engine.device)}
 
@@ -303,8 +309,9 @@ class _Run:
 
         checkpoint = find_checkpoint(self.directory.path / "checkpoints", self.job.checkpoint)
         heads = load_heads(checkpoint).heads
-        model = self.state.model or BuiltModel(None, self._imported())
+        model = self.state.model or BuiltModel(None, self._source())
         target = self.directory.path / "heads"
+        remove(self.directory.path / "merged")  # of the heads before
         remove(target)
         artifact = self.hooks.export_heads(
             job=self.job, model=HeadedModel(model, heads, checkpoint.name), path=target
@@ -314,13 +321,13 @@ class _Run:
     def _merge(self) -> tuple[str | None, dict[str, Any]]:
         from autodeco.heads.merge import merge
 
+        target = self.directory.path / "merged"
+        remove(target)
         if self.job.merge == "none":
             self.console.print("  --merge none: nothing is merged", highlight=False)
             return "nothing (--merge none)", {}
-        target = self.directory.path / "merged"
-        remove(target)
         report = merge(
-            self._imported().path,
+            self._source().path,
             self.directory.path / "heads",
             target,
             layout=self.job.merge,
@@ -354,6 +361,8 @@ class _Run:
             eos_ids=eos_token_ids(job.model, tokenizer),
             job=job.to_json(),
             console=self.console,
+            log_seconds=job.log_seconds,
+            rows_at_once=job.evaluate_rows,
             samples=job.evaluate_samples,
             max_new_tokens=job.max_new_tokens,
             seed=job.evaluate_seed,
@@ -373,21 +382,6 @@ class _Run:
             json.loads(results.read_text()) if results.exists() else None,
             outcome.table if outcome else None,
         )
-
-
-def _join_processes(job: Job) -> None:
-    """Joins the other processes that torchrun started."""
-    import torch.distributed as dist
-
-    from autodeco.engines.select import choose_device
-
-    if not dist.is_initialized():
-        device = choose_device(job.device)
-        if device.type == "cuda":
-            import torch
-
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 __all__ = ["STAGES", "AutodecoError", "RunSummary", "run_job"]

@@ -49,10 +49,10 @@ class FamilyPlugin:
 
     @hookimpl
     def import_weights(self, job: Job) -> ImportedWeights:
-        """Binds the weight map to the checkpoint; the engine reads the checkpoint itself."""
-        from autodeco.convert.source import open_source
+        """Binds the weight map to the checkpoint, and imports it if the job asks for that."""
+        from autodeco.convert.importing import ready_weights
 
-        return open_source(self.family, job)
+        return ready_weights(self.family, job)
 
     @hookimpl
     def build_model(self, job: Job, weights: ImportedWeights) -> BuiltModel:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,13 +85,52 @@ class Resolution:
         """Returns the plugin's family."""
         return self.plugin.family
 
-    def hooks(self) -> Any:
-        """Returns the four hooks of this plugin alone (a pluggy hook relay)."""
+    def hooks(self) -> PluginHooks:
+        """Returns the four hooks of this plugin alone."""
+        return PluginHooks(self.plugin, self.row)
+
+
+class PluginHooks:
+    """The hooks of one plugin; what goes wrong in an author's own body is said to be theirs.
+
+    Args:
+        plugin: The plugin.
+        row: Where it came from.
+    """
+
+    def __init__(self, plugin: FamilyPlugin, row: PluginRow) -> None:
         manager = pluggy.PluginManager("autodeco")
         manager.add_hookspecs(hookspecs)
-        manager.register(self.plugin, name=self.family.id)
+        manager.register(plugin, name=plugin.family.id)
         manager.check_pending()
-        return manager.hook
+        self._plugin, self._row, self._relay = plugin, row, manager.hook
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in hookspecs.HOOKS:
+            raise AttributeError(name)
+        return partial(self._call, name)
+
+    def _call(self, name: str, **arguments: Any) -> Any:
+        own = getattr(type(self._plugin), name) is not getattr(FamilyPlugin, name)
+        try:
+            result = getattr(self._relay, name)(**arguments)
+        except (AutodecoError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if not own:
+                raise
+            raise PluginError(
+                f"its hook {name} failed: {type(error).__name__}: {error}",
+                who=self._row.who,
+                fix="report it to the plugin's author; autodeco --debug shows the traceback",
+            ) from error
+        if result is None:
+            raise PluginError(
+                f"its hook {name} returned nothing",
+                who=self._row.who,
+                fix=f"return what autodeco.hookspecs.{name} says, or leave the hook out",
+            )
+        return result
 
 
 class Registry:
@@ -180,6 +220,7 @@ class Registry:
         model_id = str(config.get("_name_or_path") or model.name).lower()
         architecture = _architecture(config)
         matches: list[Resolution] = []
+        unfit: list[PluginError] = []
         for row in self.rows():
             if row.plugin is None:
                 continue
@@ -192,8 +233,14 @@ class Registry:
             if preset is None and by_id is not None and _fits(family, by_id, config, model):
                 matches.append(Resolution(row.plugin, by_id, row, f"model id {model_id}"))
             else:
-                chosen, reason = _choose_preset(row, model, preset)
+                try:
+                    chosen, reason = _choose_preset(row, model, preset)
+                except PluginError as error:
+                    unfit.append(error)
+                    continue
                 matches.append(Resolution(row.plugin, chosen, row, reason))
+        if not matches and unfit:
+            raise unfit[0]
         if len(matches) == 1:
             return matches[0]
         if matches:
@@ -207,7 +254,7 @@ class Registry:
             f"no installed plugin knows the architecture {architecture!r}"
             + (f" (broken: {', '.join(broken)})" if broken else ""),
             where=str(model),
-            fix=f"pip install autodeco-plugin-{_dist_guess(config)}, or write one: docs/plugins.md",
+            fix=f"pip install autodeco-plugin-{_dist_guess(config)}, or write a plugin for it",
         )
 
 
@@ -245,7 +292,7 @@ def _whole(row: PluginRow) -> PluginRow:
         who=row.who,
         fix="uninstall all but one of them"
         if "claim the id" in row.error
-        else f"reinstall or upgrade {row.dist}; autodeco --debug plugin list shows more",
+        else f"reinstall or upgrade {row.dist}, or report it to its author",
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import platform
+import re
 import resource
 import sys
 import time
@@ -14,8 +16,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from autodeco.errors import RunError
-from autodeco.files import atomic_write_json, make_directory, read_json, remove, remove_partial
+from autodeco.errors import RunError, UsageError
+from autodeco.files import (
+    PARTIAL_SUFFIX,
+    atomic_write_json,
+    make_directory,
+    read_json,
+    remove,
+    remove_partial,
+)
 from autodeco.job import Job
 
 JOB_FILE = "job.json"
@@ -34,8 +43,12 @@ STAGE_OPTIONS: Mapping[str, tuple[str, ...]] = {
         "max_new_tokens",
     ),
 }
+LOCK_FILE = "lock"
+_STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
 _HASH = "job_hash"
 _INPUTS = "inputs"
+_ENVIRONMENT = "environment"
+_BESIDE = (_HASH, _INPUTS, _ENVIRONMENT)  # in job.json, and no options
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,11 @@ def open_run(
     base = job.out / (job.name or "run")
     remarks: list[str] = []
     found: Path | None = None
+    if job.resume in ("auto", "new") and allow:
+        raise UsageError(
+            "--allow-change says which run may change only together with --resume PATH",
+            fix="add --resume with the path of the run directory, or leave it out",
+        )
     if job.resume not in ("auto", "new"):
         found = Path(job.resume)
         _check_same(found, job, digest, inputs, allow)
@@ -149,9 +167,20 @@ def open_run(
 
 
 def record_job(
-    directory: RunDirectory, job: Job, digest: str, inputs: Mapping[str, str]
+    directory: RunDirectory,
+    job: Job,
+    digest: str,
+    inputs: Mapping[str, str],
+    environment: Mapping[str, str | None] | None = None,
 ) -> list[str]:
     """Writes ``job.json`` and clears what a killed process left; call it under the run's lock.
+
+    Args:
+        directory: The run.
+        job: Its job.
+        digest: The job's hash.
+        inputs: Digests of what it reads.
+        environment: Forwarded variables, recorded beside the job.
 
     Returns:
         The names of what was cleared.
@@ -159,14 +188,20 @@ def record_job(
     path = directory.path
     folders = (path, path / "stages", path / "checkpoints", path / "data")
     left = [partial.name for folder in folders for partial in remove_partial(folder)]
-    content = {**job.to_json(), _HASH: digest, _INPUTS: dict(inputs), "resume": "auto"}
+    plain = {
+        item.name: str(value.absolute())
+        for item in dataclasses.fields(job)
+        if isinstance(value := getattr(job, item.name), Path)
+    }
+    content = {**job.to_json(), **plain, _HASH: digest, _INPUTS: dict(inputs)}
+    content |= {"resume": "auto", "allow_change": "", _ENVIRONMENT: dict(environment or {})}
     atomic_write_json(path / JOB_FILE, content)
     return left
 
 
 def job_values(content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the job's fields of a ``job.json``: a run's own file is a valid ``--config``."""
-    return {key: value for key, value in content.items() if key not in (_HASH, _INPUTS)}
+    return {key: value for key, value in content.items() if key not in _BESIDE}
 
 
 def _new_directory(base: Path) -> Path:
@@ -181,11 +216,11 @@ def _new_directory(base: Path) -> Path:
 
 def _clear_never_begun(base: Path) -> list[str]:
     """Removes directories of runs that were killed before ``job.json``; returns remarks."""
-    from autodeco.training.lock import LOCK_FILE, run_lock
+    from autodeco.training.lock import run_lock
 
     remarks = []
     for path in sorted(p.parent for p in base.glob(f"*/{LOCK_FILE}")):
-        if (path / JOB_FILE).exists():
+        if (path / JOB_FILE).exists() or not _is_bare_run(path):
             continue
         with contextlib.suppress(RunError):  # it is beginning just now
             lock = run_lock(path)
@@ -194,6 +229,15 @@ def _clear_never_begun(base: Path) -> list[str]:
             remarks.append(f"removed {path}, of a run that was killed at its beginning")
     remove_partial(base)
     return remarks
+
+
+def _is_bare_run(path: Path) -> bool:
+    """Whether a directory is what we make of a run before its ``job.json``, and nothing else."""
+    ours = {LOCK_FILE, "stages", "checkpoints", "logs"}
+    entries = [p for p in path.iterdir() if not p.name.endswith(PARTIAL_SUFFIX)]
+    return bool(_STAMP.fullmatch(path.name)) and all(
+        p.name in ours and (p.name == LOCK_FILE or not any(p.iterdir())) for p in entries
+    )
 
 
 def _newest_trained(base: Path, digest: str) -> Path:
@@ -231,6 +275,13 @@ def _check_same(
     mine = {**job.result_values(), **{f"{k} (content)": v for k, v in inputs.items()}}
     theirs = {**old, **{f"{k} (content)": v for k, v in (old.get(_INPUTS) or {}).items()}}
     changed = [name for name, value in mine.items() if theirs.get(name) != value]
+    trained = RunDirectory(path, True).done("train")
+    if trained and changed:
+        raise RunError(
+            f"the training of this run is done; {', '.join(changed)} cannot change any more",
+            where=str(path),
+            fix="begin a new run (--resume new), from its heads with --init-heads if you like",
+        )
     refused = [name for name in changed if name.removesuffix(" (content)") not in allow]
     if refused:
         lines = [f"{name}: {theirs.get(name)!r} there, {mine[name]!r} now" for name in refused]

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from autodeco.errors import UsageError
-from autodeco.job import Job
+from autodeco.job import AUTO, Job
 from autodeco.job_values import coerce_values
 from autodeco.registry import Registry, Resolution
-from autodeco.run_directory import job_values
+from autodeco.run_directory import JOB_FILE, job_values
 
 PUBLISHED_RECIPE: Mapping[str, Any] = {
     "objective": "megatron",
@@ -59,13 +59,15 @@ def resolve(command_line: Mapping[str, Any], config: Path | None, registry: Regi
     """
     from_line = coerce_values(command_line, where="command line")
     from_file = read_config(config) if config else {}
-    given = {**from_file, **from_line}
+    from_run = _of_run({**from_file, **from_line}.get("resume", AUTO))
+    given = {**from_run, **from_file, **from_line}
     found = registry.resolve(given.get("plugin"), given.get("model"), given.get("preset"))
     preset = coerce_values(found.preset.recipe, where=f"preset {found.preset.name}")
     recipe = dict(PUBLISHED_RECIPE) if given.get("recipe") == "published" else {}
     layers: list[tuple[str, Mapping[str, Any]]] = [
         (f"preset {found.preset.name}", preset),
         ("--recipe published", recipe),
+        ("the run's job.json", from_run),
         (f"file {config}", from_file),
         ("command line", from_line),
     ]
@@ -74,11 +76,23 @@ def resolve(command_line: Mapping[str, Any], config: Path | None, registry: Regi
     for origin, layer in layers:
         values |= layer
         provenance |= dict.fromkeys(layer, origin)
+    if from_run:  # a run lies where it lies
+        values |= {name: from_run[name] for name in ("out", "name")}
     for name, value in (("plugin", found.family.id), ("preset", found.preset.name)):
         if given.get(name) is None:
             provenance[name] = found.reason
         values[name] = value
     return Resolved(Job(**values), provenance, found)
+
+
+def _of_run(resume: str) -> dict[str, Any]:
+    """The values of the run that ``--resume PATH`` continues, where it lies now."""
+    path = Path(resume)
+    if resume in (AUTO, "new") or not (path / JOB_FILE).exists():
+        return {}
+    values = read_config(path / JOB_FILE)
+    del values["resume"], values["allow_change"]
+    return {**values, "out": path.absolute().parents[1], "name": path.absolute().parent.name}
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -10,10 +10,14 @@ import traceback
 import click
 
 from autodeco import __version__
+from autodeco.cli.doctoring import doctor
+from autodeco.cli.launching import launch
+from autodeco.cli.planning import plan
 from autodeco.cli.plugins import plugin_group
 from autodeco.cli.stages import add_stage_commands
 from autodeco.cli.tools import add_tool_commands
-from autodeco.errors import EXIT_CODES, AutodecoError, EnvironmentProblem
+from autodeco.errors import EXIT_CODES, AutodecoError, EnvironmentProblem, StoppedEarly
+from autodeco.processes import rank
 
 _MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -34,6 +38,9 @@ def cli(context: click.Context, debug: bool) -> None:
 
 
 cli.add_command(plugin_group)
+cli.add_command(plan)
+cli.add_command(doctor)
+cli.add_command(launch)
 add_stage_commands(cli)
 add_tool_commands(cli)
 
@@ -51,6 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
+    except StoppedEarly as stopped:
+        if not stopped.agreed or rank() == 0:
+            click.echo(f"stopped early: {stopped}; run the same command again", err=True)
+        sys.exit(stopped.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; the same command continues", err=True)
         sys.exit(130)
@@ -68,7 +79,8 @@ def _explain(error: Exception) -> int:
     """Says what went wrong and what to do; returns the exit code."""
     known = error if isinstance(error, AutodecoError) else _problem_of_the_machine(error)
     if known is not None:
-        click.echo(f"error: {known}", err=True)
+        if not known.agreed or rank() == 0:
+            click.echo(f"error: {known}", err=True)
         return known.exit_code
     click.echo(f"error: a defect of autodeco: {type(error).__name__}: {error}", err=True)
     click.echo("  do: run again as `autodeco --debug ...` and report the traceback", err=True)

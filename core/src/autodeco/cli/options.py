@@ -66,6 +66,21 @@ def job_options(command: Command) -> Command:
     return command
 
 
+def as_words(options: Mapping[str, Any]) -> list[str]:
+    """Returns the words of a command line that gives these options: the inverse of the above."""
+    words = []
+    for item in dataclasses.fields(Job):
+        if item.name not in options:
+            continue
+        value, name = options[item.name], "--" + item.name.replace("_", "-")
+        if isinstance(value, bool):
+            on, _, off = (item.metadata["flag"] or f"{name}/--no-{name[2:]}").partition("/")
+            words.append(on if value else off)
+        else:
+            words += [name, json.dumps(value) if isinstance(value, dict) else str(value)]
+    return words
+
+
 def _show(value: Any) -> str:
     return (
         {None: "none", True: "yes", False: "no"}.get(value, str(value))

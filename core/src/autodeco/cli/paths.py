@@ -1,4 +1,4 @@
-"""export, merge and evaluate on paths: no run, no plugin; options have the names of the job's."""
+"""The stages on paths, without a run; options have the names of the job's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,48 @@ import click
 from autodeco.errors import UsageError
 from autodeco.job import Job
 from autodeco.job_values import coerce_values
+
+
+def import_weights(
+    options: Mapping[str, Any], as_json: bool, *, output: Path | None, format: str | None
+) -> None:
+    """Writes a checkpoint in another format; one that is there is verified."""
+    values = _values(options, "plugin", "preset", "model", "import_format")
+    output = _needed("--output", output)
+    if (format or values["import_format"]) == "hf":
+        raise UsageError(
+            "a Hugging Face checkpoint needs no import: every engine reads it",
+            fix="add --format torch_dist, or leave --output out to check the weight map alone",
+        )
+    from autodeco.cluster.join import joined
+    from autodeco.convert.source import built_in_checkpoint
+    from autodeco.engines.select import require_megatron
+    from autodeco.processes import rank
+    from autodeco.registry import Registry
+
+    require_megatron("--format torch_dist needs megatron-core, which is not installed")
+    found = Registry().resolve(values["plugin"], values["model"], values["preset"])
+    model = values["model"]
+    if model is None and found.preset.checkpoint is not None:
+        model = built_in_checkpoint(found.family, found.preset, output)
+    job = Job(
+        plugin=found.family.id,
+        preset=found.preset.name,
+        model=_needed("--model", model),
+        device="cpu",
+        import_format="torch_dist",
+        import_dir=output,
+    )
+    existed = output.exists()
+    with joined(job):
+        found.hooks().import_weights(job=job)
+        from autodeco.engines.megatron.importing import verify_checkpoint
+
+        if existed:
+            verify_checkpoint(output)
+    if rank() == 0:
+        done = "was there, and is intact" if existed else f"written from {model}"
+        _say(as_json, f"{output}: {done}", output=output, model=model, done=done)
 
 
 def export(
@@ -52,9 +94,10 @@ def evaluate(
     options: Mapping[str, Any], as_json: bool, *, output: Path | None, heads_dir: Path | None
 ) -> None:
     """Evaluates a merged checkpoint, or a base checkpoint with or without heads."""
-    names = ("model", "problems", "device", "max_new_tokens", "problem_format", "answer_check")
-    counts = ("evaluate_problems", "evaluate_samples", "evaluate_seed")
-    values = _values(options, *names, *counts, "chat_template_kwargs")
+    names = ("model", "problems", "device", "dtype", "answer_check", "log_seconds")
+    counts = ("evaluate_problems", "evaluate_samples", "evaluate_seed", "evaluate_rows")
+    asked = ("problem_format", "max_new_tokens", "chat_template_kwargs")
+    values = _values(options, *names, *counts, *asked)
     model = _needed("--model", values["model"])
     problems = _needed("--problems", values["problems"])
     output = _needed("--output", output)
@@ -70,19 +113,37 @@ def evaluate(
         output=output,
         console=console,
         limit=values["evaluate_problems"],
+        asked={name: values[name] for name in asked if name in options},
         samples=values["evaluate_samples"],
-        max_new_tokens=values["max_new_tokens"],
         seed=values["evaluate_seed"],
+        rows_at_once=values["evaluate_rows"],
+        log_seconds=values["log_seconds"],
         device=values["device"],
-        problem_format=values["problem_format"],
+        dtype=values["dtype"],
         method=values["answer_check"],
-        chat_template_kwargs=values["chat_template_kwargs"],
     )
     if as_json:
         click.echo(json.dumps(outcome.results, indent=2))
         return
     console.print(outcome.table)
     console.print(f"report: {outcome.report}", highlight=False)
+
+
+def refuse_merged(options: Mapping[str, Any]) -> None:
+    """Refuses to evaluate a merged checkpoint as a job, which would add heads to it.
+
+    Raises:
+        UsageError: --model is one.
+    """
+    from autodeco.heads.places import is_merged
+
+    model = options.get("model")
+    if model is not None and is_merged(Path(model)):
+        raise UsageError(
+            "this is a merged checkpoint: it has heads already, and no run to look them up in",
+            where=str(model),
+            fix="add --output DIR: then it is evaluated as it is, and the report goes there",
+        )
 
 
 def _values(options: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """``run``, and its stages alone; all take the same options.
 
-``export``, ``merge`` and ``evaluate`` work on the run of their job; with ``--output`` they work on
-paths instead, without a run or a plugin.
+``export``, ``merge`` and ``evaluate`` work on the run of their job; with ``--output`` they, and
+``import``, work on paths instead, without a run.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ _STAGES = {
     "evaluate": (("evaluate",), "Measure accuracy and entropy: baselines, heads over their dial."),
 }
 _EXAMPLES = {
+    "import": "--model DIR --format torch_dist --output imported",
     "export": "--input runs/NAME/TIME --output my-heads --checkpoint last",
     "merge": "--model DIR --heads-dir my-heads --output merged",
     "evaluate": "--model merged --problems test.jsonl --output report",
 }
 _ON_PATHS: dict[str, Callable[..., Any]] = {
+    "import": paths.import_weights,
     "export": paths.export,
     "merge": paths.merge,
     "evaluate": paths.evaluate,
 }
 _PATH_OPTIONS = {
+    "import": {"format": "What to write; torch_dist: a megatron-core checkpoint."},
     "export": {"input": "A run, its checkpoints, or one of them."},
     "merge": {"heads_dir": "The heads (directory or file) to merge into --model."},
     "evaluate": {"heads_dir": "The heads, when --model is a base checkpoint."},
@@ -51,10 +54,7 @@ def add_stage_commands(group: click.Group) -> None:
 def _stage_command(name: str, stages: tuple[str, ...] | None, text: str) -> click.Command:
     example = f"autodeco {name} --plugin FAMILY --model DIR --data train.jsonl --out runs"
     if name in _EXAMPLES:
-        example += (
-            "\n\nOn paths, without a run or a plugin:\n\n"
-            f"Example: autodeco {name} {_EXAMPLES[name]}"
-        )
+        example += f"\n\nOn paths, without a run:\n\nExample: autodeco {name} {_EXAMPLES[name]}"
 
     @click.command(name, help=f"{text}\n\nExample: {example}")
     @click.option(
@@ -72,11 +72,17 @@ def _stage_command(name: str, stages: tuple[str, ...] | None, text: str) -> clic
                 raise click.UsageError("--config and --dry-run are for a job, not for --output")
             _ON_PATHS[name](given(options), as_json, **on_paths)
         else:
+            if name == "evaluate":
+                paths.refuse_merged(options)
             run_stages(stages, config, dry_run, as_json, given(options))
 
     if name in _ON_PATHS:
         command.params += [
-            click.Option(["--" + key.replace("_", "-")], type=_PATH, help=f"{text} [paths]")
+            click.Option(
+                ["--" + key.replace("_", "-")],
+                type=click.Choice(["hf", "torch_dist"]) if key == "format" else _PATH,
+                help=f"{text} [paths]",
+            )
             for key, text in _PATH_OPTIONS[name].items()
         ]
         text = "Work on paths and write this directory. [paths]"
@@ -94,6 +100,7 @@ def run_stages(
     """Resolves the job, then runs or prints it."""
     from rich.console import Console
 
+    from autodeco.processes import rank
     from autodeco.registry import Registry
     from autodeco.settings import resolve
 
@@ -103,15 +110,21 @@ def run_stages(
         _print_job(resolved, as_json)
         return
     from autodeco.pipeline import run_job
+    from autodeco.stopping import stop_at_once
 
-    console = Console(stderr=as_json)
-    summary = run_job(
-        resolved.job,
-        registry=registry,
-        stages=stages,
-        console=console,
-        provenance=resolved.provenance,
-    )
+    first = rank() == 0  # the others say nothing: one document, one table
+    console = Console(stderr=as_json, quiet=not first)
+    with stop_at_once():  # the training, which can go on from a checkpoint, has its own way
+        summary = run_job(
+            resolved.job,
+            registry=registry,
+            stages=stages,
+            console=console,
+            provenance=resolved.provenance,
+            resolution=resolved.resolution,
+        )
+    if not first:
+        return
     if as_json:
         click.echo(json.dumps(summary.to_json(), indent=2))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib import resources
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from autodeco.job import Job
 from autodeco.weights import BoundWeightMap
 
 _BLOCK = 16 << 20
+_SAMPLE = 256
 
 
 def open_source(family: FamilySpec, job: Job) -> ImportedWeights:
@@ -95,6 +97,30 @@ def _equal(a: TensorInfo, b: TensorInfo) -> bool:
             if one.read(count) != two.read(count):
                 return False
     return True
+
+
+def checkpoint_digest(directory: Path, *, times: bool = False) -> str:
+    """Returns a digest of a checkpoint that is cheap: hashing terabytes at every start is not.
+
+    It covers ``config.json``, all names, dtypes, shapes and places, and some bytes of each tensor.
+
+    Args:
+        directory: In Hugging Face format.
+        times: It covers the files' times of change as well.
+
+    Raises:
+        WeightsError: A shard is missing or broken.
+    """
+    infos = read_checkpoint(directory)
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for name, info in sorted(infos.items(), key=lambda item: (item[1].file.name, item[1].start)):
+        digest.update(f"{name} {info.dtype} {info.shape} {info.file.name} {info.start}\n".encode())
+        with info.file.open("rb") as stream:
+            stream.seek(info.start + info.size // 2)
+            digest.update(stream.read(min(_SAMPLE, info.size - info.size // 2)))
+    for file in sorted({info.file for info in infos.values()} if times else ()):
+        digest.update(f"{file.name} {file.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def built_in_checkpoint(family: FamilySpec, preset: ModelPreset, directory: Path) -> Path:

@@ -22,6 +22,8 @@ _NUMBER = (
 _ANSWER_IS = re.compile(r"answer\s+is\s*:?", re.IGNORECASE)
 _PART = r"\s*(?:\{([^{}]+)\}|(\d))"
 _LATEX_FRACTION = re.compile(r"(\d\s*)?\\[dt]?frac" + _PART + _PART)
+_BOXED = re.compile(r"\\boxed\{")
+_BRACE = re.compile(r"[{}]")
 _WRAPPER = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 
 
@@ -142,15 +144,19 @@ def _normalise(text: str) -> str:
 
 def _last_boxed(text: str) -> str | None:
     """The content of the last closed ``\\boxed{...}``, braces inside it matched."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth, begin = 1, start + len("\\boxed{")
-        for position in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[begin:position]
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    begins = {match.end() for match in _BOXED.finditer(text)}
+    if not begins:
+        return None
+    open_braces: list[int] = []  # where the content of each begins
+    last, end = -1, -1
+    for brace in _BRACE.finditer(text):
+        if brace.group() == "{":
+            open_braces.append(brace.end())
+        elif open_braces:
+            begin = open_braces.pop()
+            if begin in begins and begin > last:
+                last, end = begin, brace.start()
+    return text[last:end] if last >= 0 else None
 
 
 def _math_verify(text: str, gt: str) -> bool:

@@ -16,10 +16,16 @@ from autodeco.decoding.stage import EvaluationOutcome, evaluate_and_report
 from autodeco.decoding.terminal import coloured_tokens, legend
 from autodeco.engines.select import choose_device, choose_dtype
 from autodeco.errors import DataError, WeightsError
-from autodeco.files import make_directory, read_json
+from autodeco.files import make_directory
+from autodeco.heads.attach import ASKED, ASKED_OPTIONS
 from autodeco.heads.files import CONFIG_FILE
 from autodeco.heads.modules import DecodingHeads
+from autodeco.heads.places import is_merged
+from autodeco.job import Job
+from autodeco.job_values import coerce_values
 from autodeco.training.tokenization import eos_token_ids, load_tokenizer
+
+_WINDOW = 16  # tokens decoded together
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,14 @@ class GeneratedText:
         return Group(coloured_tokens(self.tokens, self.temperature, self.top_p), "", legend())
 
 
-def _load(model: Path, heads: Path | None, device: str = "auto") -> tuple[Any, torch.device]:
+def _load(
+    model: Path, heads: Path | None, device: str = "auto", dtype: str = "auto"
+) -> tuple[Any, torch.device]:
     if not model.is_dir():
         raise WeightsError("no such checkpoint", where=str(model), fix="check --model")
     chosen = choose_device(device)
-    dtype = choose_dtype("auto", model, chosen)
-    loaded = AutoDecoModelForCausalLM.from_pretrained(model, heads=heads, dtype=dtype)
+    kind = choose_dtype(dtype, model, chosen)
+    loaded = AutoDecoModelForCausalLM.from_pretrained(model, heads=heads, dtype=kind)
     return loaded.to(chosen), chosen
 
 
@@ -117,16 +125,24 @@ def generate_text(
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """Splits a decoded text into its tokens' parts; bytes of one letter stay together."""
+    """Splits a decoded text into its tokens' parts; bytes of one letter stay together.
+
+    A tokenizer's decoding of a token depends on the few before it alone, so that a window that
+    moves along says the same as the whole text.
+    """
     pieces: list[str] = []
+    start, seen = 0, 0  # of the window, and how many of its tokens have their part already
     before = ""
     for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count])
+        text = tokenizer.decode(ids[start:count])
         if text.endswith("\ufffd") and count < len(ids):
             pieces.append("")
             continue
         pieces.append(text[len(before) :])
-        before = text
+        if count - start > _WINDOW:
+            start = seen
+            text = tokenizer.decode(ids[start:count])
+        before, seen = text, count
     return pieces
 
 
@@ -138,21 +154,36 @@ def evaluate_checkpoint(
     output: Path,
     console: Console,
     limit: int,
-    samples: int,
-    max_new_tokens: int,
-    seed: int,
+    asked: Mapping[str, Any],
     device: str = "auto",
-    problem_format: str = "auto",
-    method: str = "auto",
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    **options: Any,
 ) -> EvaluationOutcome:
     """Evaluates a merged checkpoint, or a base checkpoint with or without heads.
 
+    Args:
+        model: A merged checkpoint, or a base checkpoint.
+        heads: Heads (directory or file), when the model is a base.
+        problems: JSON lines of problem and gt.
+        output: Directory of evaluation.json, report.html and answers.jsonl.
+        console: Progress goes here.
+        limit: At most this many problems.
+        asked: Those of `ASKED_OPTIONS` that the user gave; for the others what the heads
+            remember of their job holds, then the job's default.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: Of the backbone, see `choose_dtype`.
+        **options: See `evaluate_and_report`.
+
     Raises:
         WeightsError, DataError: The checkpoint, its heads or the problems cannot be used.
+        UsageError: What the heads remember is no value of that option.
     """
-    loaded, found = _load_for_evaluation(model, heads, device)
+    loaded, found = _load_for_evaluation(model, heads, device, dtype)
     tokenizer = load_tokenizer(model)
+    remembered = getattr(loaded, "autodeco_metadata", {}).get(ASKED) or {}
+    known = {name: remembered[name] for name in ASKED_OPTIONS if name in remembered}
+    known = coerce_values(known, where=f"{ASKED} in {CONFIG_FILE} of {heads or model}")
+    defaults = {name: getattr(Job(), name) for name in ASKED_OPTIONS}
     return evaluate_and_report(
         loaded,
         found,
@@ -163,34 +194,25 @@ def evaluate_checkpoint(
         eos_ids=eos_token_ids(model, tokenizer),
         job={"model": str(model), "heads": str(heads or model), "problems": str(problems)},
         console=console,
-        samples=samples,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        problem_format=problem_format,
-        method=method,
-        chat_template_kwargs=chat_template_kwargs,
+        **{**defaults, **known, **asked},
+        **options,
     )
 
 
 def _load_for_evaluation(
-    model: Path, heads: Path | None, device: str
+    model: Path, heads: Path | None, device: str, dtype: str
 ) -> tuple[Any, DecodingHeads | None]:
-    if heads is not None or _is_merged(model):
-        loaded, _ = _load(model, heads, device)
+    if heads is not None or is_merged(model):
+        loaded, _ = _load(model, heads, device, dtype)
         return loaded, loaded.autodeco_heads
     from transformers import AutoModelForCausalLM
 
     chosen = choose_device(device)
-    dtype = choose_dtype("auto", model, chosen)
+    kind = choose_dtype(dtype, model, chosen)
     try:
-        base = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, local_files_only=True)
+        base = AutoModelForCausalLM.from_pretrained(str(model), dtype=kind, local_files_only=True)
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"transformers cannot load the model: {error}", where=str(model), fix="check --model"
         ) from error
     return base.eval().to(chosen), None
-
-
-def _is_merged(model: Path) -> bool:
-    config = model / CONFIG_FILE
-    return config.is_file() and "autodeco" in read_json(config)

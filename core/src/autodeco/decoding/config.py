@@ -37,3 +37,22 @@ def base_config(merged: dict[str, Any]) -> Any:
             where="base_model_type in config.json",
             fix="update transformers, or split the checkpoint and load base and heads",
         ) from error
+
+
+def asked_base_config(merged: dict[str, Any], given: Any) -> Any:
+    """The base model's config out of a merged config.json, as a caller wants it.
+
+    Args:
+        merged: the content of config.json.
+        given: a config that was passed to from_pretrained: ours, in which AutoConfig has set what
+            the caller overrides; the base model's own, which is taken as it is; or None.
+    """
+    if given is None:
+        return base_config(merged)
+    if not isinstance(given, AutoDecoConfig):
+        return given
+    stored = AutoDecoConfig.from_dict(dict(merged)).to_dict()
+    changed = {k: v for k, v in given.to_dict().items() if k not in stored or stored[k] != v}
+    base = base_config({**merged, **changed})
+    base._attn_implementation = given._attn_implementation
+    return base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from autodeco.decoding.results import (
     verdict,
     with_comparisons,
 )
-from autodeco.decoding.sampler import Answer, Progress, sample_answers
+from autodeco.decoding.sampler import Answer, Progress
+from autodeco.decoding.sampling import Sampling
 from autodeco.decoding.settings import (
     default_dial,
     default_grid,
@@ -58,27 +60,6 @@ __all__ = [
 ]
 
 
-class _Sampling:
-    """Samples settings one call after the other, and counts what is done."""
-
-    def __init__(self, total: int, progress: Progress | None, **options: Any) -> None:
-        self._options, self._total, self._progress, self._done = options, total, progress, 0
-
-    def __call__(self, policies: Sequence[DecodingPolicy], samples: int) -> list[list[Answer]]:
-        """The answers of each policy."""
-        found: list[list[Answer]] = [[] for _ in policies]
-        for answer in sample_answers(
-            policies=policies, samples=samples, progress=self._advance, **self._options
-        ):
-            found[answer.policy].append(answer)
-        self._done += sum(len(answers) for answers in found)
-        return found
-
-    def _advance(self, done: int, _: int) -> None:
-        if self._progress is not None:
-            self._progress(self._done + done, self._total)
-
-
 def evaluate(
     model: Any,
     heads: DecodingHeads | None,
@@ -99,6 +80,8 @@ def evaluate(
     resamples: int = 2000,
     shown: int = 3,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+    answers_file: Path | None = None,
 ) -> EvaluationResult:
     """Measures every setting on the same problems with the same random numbers.
 
@@ -121,7 +104,10 @@ def evaluate(
         rows_at_once: see ``sample_answers``.
         resamples: bootstrap samples.
         shown: sample answers kept for the report, of the heads (without heads, of T=1).
-        progress: called with (answers done, answers in all).
+        progress: called with (answers done, answers in all) after every token.
+        say: called with one line that says how many answers are to come.
+        answers_file: keeps every answer as soon as it ended; those that it holds of an evaluation
+            of the same heads, problems and settings are not sampled again.
 
     Raises:
         UsageError, DataError, EnvironmentProblem, NumericsError: with what to do.
@@ -141,31 +127,38 @@ def evaluate(
     if eos_ids is None:
         eos_ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
+    def decode(answer: Answer) -> str:
+        return str(tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True))
+
     def judge(answer: Answer) -> bool:
-        text = tokenizer.decode(answer.ids.tolist(), skip_special_tokens=True)
-        return check(text, problems[answer.prompt].gt, method)
+        return check(decode(answer), problems[answer.prompt].gt, method)
 
     plan = _plan(generation_config, grid, dial, with_heads=heads is not None)
     count = sum(1 if policy.kind == "greedy" else samples for policy, _ in plan)
-    sampling = _Sampling(
-        len(problems) * (count + (samples if heads is not None else 0)),
-        progress,
-        model=model,
-        heads=heads,
-        prompts=prompts,
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids,
-        seed=seed,
+    total = len(problems) * (count + (samples if heads is not None else 0))
+    with Sampling(
+        model,
+        heads,
+        prompts,
+        [policy for policy, _ in plan],
+        total=total,
+        decode=decode,
+        file=answers_file,
         rows_at_once=rows_at_once,
-    )
-    answers = _first_pass(plan, sampling, samples)
+        progress=progress,
+        say=say,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        eos_ids=list(eos_ids),
+    ) as sampling:
+        answers = _first_pass(plan, sampling, samples)
+        shift = None if heads is None else _mean_shift(answers[_reference(plan)])
+        shifted = sampling([shift], samples)[0] if shift is not None else []
     results = [_setting(p, role, a, judge) for (p, role), a in zip(plan, answers, strict=True)]
     roles = [role for _, role in plan]
     example = _example(plan)
-    if heads is not None:
-        policy = _mean_shift(answers[_reference(plan)])
-        shifted = sampling([policy], samples)[0]
-        results.insert(roles.index(HEADS), _setting(policy, MEAN_SHIFT, shifted, judge))
+    if shift is not None:
+        results.insert(roles.index(HEADS), _setting(shift, MEAN_SHIFT, shifted, judge))
     results = with_comparisons(results, seed=seed, resamples=resamples)
     return EvaluationResult(
         settings=tuple(results),
@@ -192,7 +185,7 @@ def _shown(
 
 
 def _first_pass(
-    plan: Sequence[tuple[DecodingPolicy, str]], sampling: _Sampling, samples: int
+    plan: Sequence[tuple[DecodingPolicy, str]], sampling: Sampling, samples: int
 ) -> list[list[Answer]]:
     """The answers of each setting of the plan; greedy ones are sampled once."""
     found: dict[int, list[Answer]] = {}

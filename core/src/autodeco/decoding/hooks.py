@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import contextvars
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from autodeco.decoding.policy import SAMPLING_PARAMETERS
 from autodeco.errors import UsageError
 
 CALL_KEYS = ("autodeco_warp", "temperature_scale", "top_p_scale")
 TRACE_KEY = "autodeco_trace"
+# Whether the code that runs was called by our own generate(), which knows what the user chose.
+_GENERATING: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "autodeco_generating", default=False
+)
+
+
+@contextlib.contextmanager
+def generating() -> Iterator[None]:
+    """Marks what runs inside as part of a generate() call of ours."""
+    token = _GENERATING.set(True)
+    try:
+        yield
+    finally:
+        _GENERATING.reset(token)
+
+
+@functools.cache
+def _said() -> list[str]:
+    """What this process was warned of."""
+    return []
+
+
+def warn_heads_off(reason: str) -> None:
+    """Warns, once in a process, that a sampling parameter switched the heads off.
+
+    Args:
+        reason: See `heads_off_reason`.
+    """
+    if _said():
+        return
+    _said().append(reason)
+    warnings.warn(
+        f"AutoDeco's heads are off in this call: {reason}. They predict temperature and top-p for "
+        f"each token, so to keep them on leave {', '.join(SAMPLING_PARAMETERS)} unset (in a "
+        "generation_config too) and turn temperature_scale and top_p_scale instead; "
+        "autodeco=False switches them off without this warning, which comes once.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 @dataclass
@@ -74,6 +118,10 @@ class GenerationHooks:
         if model_kwargs.get("autodeco_warp"):
             # The model's and transformers' defaults (top_k = 50) are no choice of the user's.
             config.temperature, config.top_p, config.top_k, config.min_p = 1.0, 1.0, 0, None
+        elif not _GENERATING.get():
+            # A pipeline asks with its own defaults, and hands the answer on as a user's config.
+            for name in SAMPLING_PARAMETERS:
+                setattr(config, name, kwargs.get(name))
         return config, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:

@@ -20,12 +20,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from autodeco.decoding.config import AutoDecoConfig, base_config
-from autodeco.decoding.hooks import CALL_KEYS, TRACE_KEY, GenerationHooks, Trace
+from autodeco.decoding.config import AutoDecoConfig, asked_base_config
+from autodeco.decoding.hooks import (
+    CALL_KEYS,
+    TRACE_KEY,
+    GenerationHooks,
+    Trace,
+    generating,
+    warn_heads_off,
+)
 from autodeco.decoding.policy import SAMPLING_PARAMETERS, check_scale, heads_off_reason
 from autodeco.errors import UsageError, WeightsError
 from autodeco.files import read_json
-from autodeco.heads.files import CONFIG_FILE, LoadedHeads, load_heads
+from autodeco.heads.files import CONFIG_FILE, LoadedHeads, load_heads, text_config
 from autodeco.heads.modules import DecodingHeads
 from autodeco.heads.places import AUTODECO_MODEL_TYPE
 from autodeco.heads.warp import TEMPERATURE_FLOOR, warp
@@ -86,11 +93,11 @@ class AutoDecoModelForCausalLM(GenerationHooks):
         if cls is not AutoDecoModelForCausalLM:  # transformers' own loading of the made class
             parent: Any = super()
             return parent.from_pretrained(path, *args, **kwargs)
-        loaded = load_heads(Path(heads if heads is not None else path))
         file = Path(path) / CONFIG_FILE
-        config = read_json(file) if file.is_file() else {}
-        if isinstance(kwargs.get("config"), AutoDecoConfig):
-            del kwargs["config"]
+        read = read_json(file) if file.is_file() else {}
+        config = read if isinstance(read, dict) else {}  # what it should be, `load_heads` says
+        size = text_config(config).get("hidden_size")
+        loaded = load_heads(Path(heads if heads is not None else path), hidden_size=size)
         if config.get("model_type") == AUTODECO_MODEL_TYPE:
             model = _load_renamed(path, config, *args, **kwargs)
         else:
@@ -208,7 +215,10 @@ class AutoDecoModelForCausalLM(GenerationHooks):
                     f"no T and P to return: the heads are off ({reason})",
                     fix="leave the sampling parameters unset and sample, or drop return_autodeco",
                 )
-            return parent.generate(inputs, generation_config, *args, **kwargs)
+            if autodeco and not greedy:
+                warn_heads_off(reason)
+            with generating():
+                return parent.generate(inputs, generation_config, *args, **kwargs)
         self._refuse(kwargs, generation_config)
         call: dict[str, Any] = {
             "autodeco_warp": True,
@@ -247,9 +257,13 @@ def _prompt_length(inputs: Any, kwargs: Mapping[str, Any]) -> int:
     return 0 if kwargs.get("inputs_embeds") is not None else 1  # nothing given: it begins with BOS
 
 
-def _load_renamed(path: str | Path, config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _load_renamed(path: str | Path, merged: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Loads the backbone of an `autodeco` layout, whose names stand under ``llm.``."""
-    base = base_config(config)
+    base = asked_base_config(merged, kwargs.pop("config", None))
+    if base._attn_implementation is not None:
+        kwargs.setdefault("attn_implementation", base._attn_implementation)
+    # As without a config of ours: what is no option of loading overrides the model's config.
+    base, kwargs = type(base).from_dict(base.to_dict(), return_unused_kwargs=True, **kwargs)
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(base), None)
     if kind is None:
         raise WeightsError(
@@ -303,6 +317,9 @@ def attach(model: Any, loaded: LoadedHeads) -> Any:
         generation.do_sample = True
         for name in SAMPLING_PARAMETERS:
             setattr(generation, name, None)
+        # A pipeline puts a temperature of its own (0.7) where the model has none; this one is
+        # what transformers takes for none.
+        generation.temperature = 1.0
     return model.eval()
 
 

@@ -39,6 +39,7 @@ th:first-child, td:first-child { text-align: left }
 tr.heads { font-weight: 600 } tr.best { font-style: italic }
 .answer { white-space: pre-wrap; font-family: ui-monospace, monospace; background: #121212;
   color: #bebebe; padding: .8rem; border-radius: 6px; overflow-wrap: anywhere }
+.problem { white-space: pre-wrap; overflow-wrap: anywhere }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }
 pre { font-size: 12px; overflow-x: auto } svg { max-width: 100%; height: auto }
 """
@@ -186,15 +187,16 @@ def _training(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 def _answers(shown: Sequence[Shown], tokenizer: Any) -> list[str]:
     if not shown:
         return []
-    parts = [
-        "<h2>Sample answers</h2>",
-        "<p>Letters go from blue (T 0) over grey (1) to red (2), the ground from black (P 1, "
-        "nothing cut) to grey (P 0, one token left). Hover for the numbers.</p>",
-    ]
+    parts = ["<h2>Sample answers</h2>"]
+    if any(one.answer.temperature is not None or one.answer.top_p is not None for one in shown):
+        parts.append(
+            "<p>Letters go from blue (T 0) over grey (1) to red (2), the ground from black (P 1, "
+            "nothing cut) to grey (P 0, one token left). Hover for the numbers.</p>"
+        )
     for one in shown:
         told = "correct" if one.correct else f"wrong, the answer is {one.gt}"
         parts.append(f"<h3>{escape(one.setting)}: {escape(told)}</h3>")
-        parts.append(f"<p>{escape(one.problem)}</p>")
+        parts.append(f'<p class="problem">{escape(one.problem)}</p>')
         parts.append(f'<div class="answer">{_tokens(one, tokenizer)}</div>')
     return parts
 

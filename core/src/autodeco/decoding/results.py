@@ -10,16 +10,10 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from autodeco.decoding.comparison import CurveComparison, CurveJudge, halves
 from autodeco.decoding.policy import DecodingPolicy
 from autodeco.decoding.sampler import Answer
-from autodeco.decoding.statistics import (
-    Array,
-    CurveComparison,
-    accuracy_interval,
-    compare_with_curve,
-    halves,
-    paired_bootstrap,
-)
+from autodeco.decoding.statistics import Array, accuracy_interval, paired_bootstrap
 
 GREEDY, VENDOR, STATIC, MEAN_SHIFT, HEADS = "greedy", "vendor", "static", "mean shift", "heads"
 
@@ -132,16 +126,14 @@ def with_comparisons(
     static = [r for r in results if r.role in (GREEDY, VENDOR, STATIC)]
     correct = np.stack([r.correct for r in static])
     entropy = np.stack([r.entropies for r in static])
-
-    def compared(result: SettingResult) -> SettingResult:
-        if result.role not in (HEADS, MEAN_SHIFT):
-            return result
-        comparison = compare_with_curve(
-            correct, entropy, result.correct, result.entropies, seed=seed, resamples=resamples
-        )
-        return replace(result, against_curve=comparison)
-
-    return [compared(result) for result in results]
+    judged = [r.role in (HEADS, MEAN_SHIFT) for r in results]
+    if not any(judged):
+        return list(results)
+    judge = CurveJudge(correct, entropy, seed=seed, resamples=resamples)
+    return [
+        replace(r, against_curve=judge.compare(r.correct, r.entropies)) if wanted else r
+        for r, wanted in zip(results, judged, strict=True)
+    ]
 
 
 def best_static(results: Sequence[SettingResult]) -> BestStatic | None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autodeco.decoding.evaluation import EvaluationResult, Problem, evaluate
 from autodeco.decoding.problems import choose_format
+from autodeco.decoding.progress import AnswersLine
 from autodeco.decoding.report import write_report
 from autodeco.decoding.results import evaluation_table
+from autodeco.decoding.store import ANSWERS
 from autodeco.files import atomic_write_json, read_json
 from autodeco.heads.files import CONFIG_FILE
 from autodeco.heads.modules import DecodingHeads
@@ -49,9 +50,12 @@ def evaluate_and_report(
     eos_ids: Sequence[int],
     job: dict[str, Any],
     console: Console,
+    log_seconds: float = 10.0,
     **options: Any,
 ) -> EvaluationOutcome:
     """Evaluates and writes ``evaluation.json`` and ``report.html`` in `directory`.
+
+    The answers are kept in ``answers.jsonl`` there as they come: killed, it goes on from them.
 
     Args:
         model: A transformers causal language model.
@@ -63,14 +67,14 @@ def evaluate_and_report(
         eos_ids: Tokens that end an answer.
         job: Recorded in the report.
         console: Progress goes here.
+        log_seconds: Without a terminal, one progress line every so many seconds.
         **options: See `autodeco.decoding.evaluation.evaluate`.
     """
     vendor = vendor_generation_config(base)
     form = choose_format(problems, tokenizer, options.pop("problem_format", "auto"))
     said = "as text that is already formatted" if form == "text" else "through the chat template"
     console.print(f"  {len(problems)} problems, asked {said}", highlight=False)
-    with _progress(console) as bar:
-        task = bar.add_task("answers", total=None)
+    with AnswersLine(console, log_seconds) as line:
         result: EvaluationResult = evaluate(
             model,
             heads,
@@ -79,7 +83,9 @@ def evaluate_and_report(
             generation_config=vendor,
             eos_ids=eos_ids,
             problem_format=form,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=line.update,
+            say=lambda text: console.print(f"  {text}", highlight=False),
+            answers_file=directory / ANSWERS,
             **options,
         )
     plain = result.to_json()
@@ -111,15 +117,3 @@ def vendor_generation_config(directory: Path) -> dict[str, Any] | None:
         return None if kept is None else dict(kept)
     generation = directory / GENERATION_FILE
     return dict(read_json(generation)) if generation.exists() else None
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

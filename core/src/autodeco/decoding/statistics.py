@@ -1,16 +1,8 @@
-"""Accuracy against entropy, curve against curve.
-
-Heads are judged at equal entropy: a lower temperature buys accuracy with entropy for anybody. The
-static settings make up a curve, the upper hull of their (entropy, accuracy) points; between two
-settings it is what choosing one of them at random for each problem gives. The settings on the hull
-are chosen on one half of the problems and the curve is drawn with the other half, both ways round,
-so that the choice does not flatter the curve.
-"""
+"""Intervals of what was measured, and the curve that static settings make up."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,12 +48,12 @@ def paired_bootstrap(
     difference: Array, *, seed: int, resamples: int = 2000
 ) -> tuple[float, float, float]:
     """Mean of a difference per problem, with its 95 % bootstrap interval (percentiles)."""
-    weights = _resampling(len(difference), seed, resamples)
+    weights = resampling(len(difference), seed, resamples)
     low, high = np.quantile(weights @ difference, [0.025, 0.975])
     return float(difference.mean()), float(low), float(high)
 
 
-def _resampling(count: int, seed: int, resamples: int) -> Array:
+def resampling(count: int, seed: int, resamples: int) -> Array:
     """Weights [resamples, count] of bootstrap samples; each row sums to 1."""
     random = np.random.default_rng(seed)
     return random.multinomial(count, np.full(count, 1 / count), size=resamples) / count
@@ -135,94 +127,3 @@ class StaticCurve:
                 share = (a[i] - accuracy) / (a[i] - a[i + 1])
                 return float(e[i] + share * (e[i + 1] - e[i])), True
         return float(e[len(a) - 1 - int(np.argmax(a[::-1]))]), False
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference with its 95 % paired bootstrap interval.
-
-    Attributes:
-        within: the comparison point lies inside the curve's range, on both halves; where False
-            the nearest end of the curve stands for it.
-    """
-
-    value: float
-    low: float
-    high: float
-    within: bool
-
-
-@dataclass(frozen=True)
-class CurveComparison:
-    """One setting against the static curve.
-
-    Attributes:
-        accuracy: its accuracy minus the curve's at its entropy.
-        entropy: its entropy minus the curve's at its accuracy (nats an answer).
-    """
-
-    accuracy: Difference
-    entropy: Difference
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns plain values."""
-        return asdict(self)
-
-
-def halves(problems: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The two halves of the problems: even and odd indices."""
-    indices = np.arange(problems)
-    return indices[::2], indices[1::2]
-
-
-def compare_with_curve(
-    static_correct: Array,
-    static_entropy: Array,
-    correct: Array,
-    entropy: Array,
-    *,
-    seed: int,
-    resamples: int = 2000,
-) -> CurveComparison:
-    """A setting against the static curve, chosen on one half and judged on the other, both ways.
-
-    Args:
-        static_correct: [settings, problems] share of correct answers.
-        static_entropy: [settings, problems] nats an answer.
-        correct: [problems] and
-        entropy: [problems] of the setting to judge, on the same problems and random numbers.
-        seed: of the bootstrap.
-        resamples: bootstrap samples.
-
-    Returns:
-        The mean of both directions; every bootstrap sample resamples the problems of each half.
-    """
-    first, second = halves(correct.shape[0])
-    directions = [(first, second), (second, first)] if len(second) else [(first, first)]
-    values, draws, inside = [], [], []
-    for number, (choose, judge) in enumerate(directions):
-        chosen = upper_hull(static_entropy[:, choose].mean(1), static_correct[:, choose].mean(1))
-        columns = [static_entropy[chosen][:, judge], static_correct[chosen][:, judge]]
-        columns += [entropy[None, judge], correct[None, judge]]
-        table = np.concatenate(columns)
-        value, within = _judge(table.mean(1), len(chosen))
-        weights = _resampling(len(judge), seed + number, resamples)
-        values.append(value)
-        inside.append(within)
-        draws.append([_judge(row, len(chosen))[0] for row in weights @ table.T])
-    value = np.mean(values, axis=0)
-    low, high = np.quantile(np.mean(draws, axis=0), [0.025, 0.975], axis=0)
-    within = np.all(inside, axis=0)
-    parts = [
-        Difference(float(value[i]), float(low[i]), float(high[i]), bool(within[i])) for i in (0, 1)
-    ]
-    return CurveComparison(*parts)
-
-
-def _judge(means: Array, points: int) -> tuple[tuple[float, float], tuple[bool, bool]]:
-    """Both differences from means: the curve's entropies, its accuracies, then our two."""
-    curve = StaticCurve.through(means[:points], means[points : 2 * points])
-    entropy, accuracy = float(means[-2]), float(means[-1])
-    at_entropy, entropy_inside = curve.accuracy_at(entropy)
-    at_accuracy, accuracy_inside = curve.entropy_at(accuracy)
-    return (accuracy - at_entropy, entropy - at_accuracy), (entropy_inside, accuracy_inside)

@@ -95,23 +95,43 @@ def choose_engine(job: Job, preset: ModelPreset, ranks: int) -> tuple[str, Paral
         layout = preset.layout if ranks > 1 else ParallelLayout()
     layout.data_ranks(preset.shape, ranks)
     name = job.engine
+    imported = job.import_format == "torch_dist"
     if name == "auto":
-        name = "megatron" if layout.is_parallel else "hf"
+        name = "megatron" if layout.is_parallel or imported else "hf"
+    if name == "hf" and imported:
+        raise UsageError(
+            "the hf engine reads Hugging Face checkpoints, and the job imports torch_dist",
+            where="--engine hf --import-format torch_dist",
+            fix="use --engine megatron, or leave --import-format out: no import is needed",
+        )
     if name == "hf" and layout.is_parallel:
         raise UsageError(
             f"the hf engine has the whole model in each process; the layout is {layout}",
             where="--engine hf",
             fix="use --engine megatron, or --layout tp=1",
         )
-    if name == "megatron" and not _has_megatron():
-        raise EnvironmentProblem(
+    if name == "megatron":
+        require_megatron(
             f"the layout {layout} needs megatron-core, which is not installed"
-            if job.engine == "auto"
-            else "megatron-core is not installed",
-            where="--engine megatron",
-            fix="pip install 'autodeco[megatron]'",
+            if job.engine == "auto" and layout.is_parallel
+            else "megatron-core is not installed"
         )
     return name, layout
+
+
+def require_megatron(otherwise: str) -> None:
+    """Checks that megatron-core is installed.
+
+    Args:
+        otherwise: The error's text.
+
+    Raises:
+        EnvironmentProblem: It is not.
+    """
+    if not _has_megatron():
+        raise EnvironmentProblem(
+            otherwise, where="--engine megatron", fix="pip install 'autodeco[megatron]'"
+        )
 
 
 def _has_megatron() -> bool:

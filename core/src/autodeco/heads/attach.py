@@ -14,6 +14,9 @@ from autodeco.heads.modules import DecodingHeads, HeadsConfig
 if TYPE_CHECKING:
     from autodeco.job import Job
 
+ASKED = "evaluate"  # in a heads directory's config.json: options that its model is asked with
+ASKED_OPTIONS = ("problem_format", "max_new_tokens", "chat_template_kwargs")
+
 
 def new_heads(job: Job, hidden_size: int, device: torch.device) -> DecodingHeads:
     """Returns trainable heads, drawn from the job's seed or read from ``--init-heads``.
@@ -25,7 +28,7 @@ def new_heads(job: Job, hidden_size: int, device: torch.device) -> DecodingHeads
     generator = torch.Generator().manual_seed(job.seed)
     heads = DecodingHeads(wanted, generator)
     if job.init_heads is not None:
-        start = load_heads(job.init_heads).heads
+        start = load_heads(job.init_heads, hidden_size=hidden_size).heads
         names = {name: tensor.shape for name, tensor in start.state_dict().items()}
         for name, tensor in heads.state_dict().items():
             if names.get(name) != tensor.shape:
@@ -42,11 +45,12 @@ def new_heads(job: Job, hidden_size: int, device: torch.device) -> DecodingHeads
 
 
 def heads_metadata(job: Job, family: str, base: Path) -> dict[str, Any]:
-    """Returns what a heads directory records of its training."""
+    """Returns what a heads directory records of its training, and how the job asks problems."""
     return {
         **base_identity(base),
         "family": family,
         "preset": job.preset,
         "objective": job.objective,
         "seed": job.seed,
+        ASKED: {name: getattr(job, name) for name in ASKED_OPTIONS},
     }

@@ -190,12 +190,13 @@ def save_heads(
     return directory
 
 
-def load_heads(path: Path) -> LoadedHeads:
+def load_heads(path: Path, *, hidden_size: int | None = None) -> LoadedHeads:
     """Reads heads from any of the places that they live in.
 
     Args:
         path: a heads directory; a ``.safetensors`` file; a directory with the published
             ``autodeco_heads.safetensors``; a merged checkpoint of either layout.
+        hidden_size: of the base, where one is at hand: a top-p head alone does not tell its own.
 
     Raises:
         WeightsError: nothing there, or a tensor is missing, unknown, of a wrong shape or dtype,
@@ -206,7 +207,7 @@ def load_heads(path: Path) -> LoadedHeads:
     tensors: dict[str, Tensor] = {}
     for file, names in sources.items():
         tensors.update(read_tensors(file, names))
-    shape = _infer(tensors, path)
+    shape = _infer(tensors, path, hidden_size)
     _compare(shape, config, path)
     heads = DecodingHeads(shape)
     _fill(heads, tensors, path)
@@ -287,8 +288,8 @@ def _head_names(file: Path) -> tuple[str, ...]:
     return heads
 
 
-def _infer(tensors: Mapping[str, Tensor], path: Path) -> HeadsConfig:
-    """The shape of the heads, read off the tensors' shapes."""
+def _infer(tensors: Mapping[str, Tensor], path: Path, base: int | None) -> HeadsConfig:
+    """The shape of the heads, read off the tensors' shapes (and the base's hidden size)."""
     temperature, top_p = (tensors.get(f"{head}mlp.0.weight") for head in HEAD_PREFIXES)
     for head, weight in zip(HEAD_PREFIXES, (temperature, top_p), strict=True):
         present = [name for name in tensors if name.startswith(head)]
@@ -308,7 +309,10 @@ def _infer(tensors: Mapping[str, Tensor], path: Path) -> HeadsConfig:
         # Without the temperature head d is not in the file: an odd surplus of 1 or 5 tells.
         size = first.shape[1]
         d, enhanced = (size - 5, True) if (size - 5) % 2 == 0 and size > 5 else (size - 1, False)
-        d, enhanced = _ambiguous(size, path, (d, enhanced))
+        if base in (size - 5, size - 1):
+            d, enhanced = base, base == size - 5
+        else:
+            d, enhanced = _ambiguous(size, path, (d, enhanced))
         return HeadsConfig(d, "top-p", enhanced, width)
     d = temperature.shape[1]
     if top_p is None:

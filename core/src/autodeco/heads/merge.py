@@ -106,8 +106,8 @@ def merge(
         raise UsageError(f"unknown layout {layout!r}", fix=f"use one of {', '.join(LAYOUTS)}")
     base, heads, output = Path(base), Path(heads), Path(output)
     check_places(base, output)
-    loaded = load_heads(heads)
     config = _base_config(base)
+    loaded = load_heads(heads, hidden_size=base_identity(base)["hidden_size"])
     _check_fit(base, loaded)
     table, single = weight_shards(base)
     clash = [n for n in table if n.startswith((*HEAD_PREFIXES, BACKBONE_PREFIX))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from autodeco.errors import UsageError, WeightsError
-from autodeco.files import PARTIAL_SUFFIX, link_or_copy
+from autodeco.files import PARTIAL_SUFFIX, link_or_copy, read_json
 
 GENERATION_FILE = "generation_config.json"
 AUTODECO_MODEL_TYPE = "autodeco"
@@ -39,6 +39,15 @@ class Tally:
         setattr(self, how, getattr(self, how) + 1)
         if how == "copy":
             self.written += target.stat().st_size
+
+
+def is_merged(model: Path) -> bool:
+    """Whether a directory is a merged checkpoint, of either layout, ours or the published one."""
+    file = model / "config.json"
+    config = read_json(file) if file.is_file() else None
+    return isinstance(config, dict) and (
+        "autodeco" in config or config.get("model_type") == AUTODECO_MODEL_TYPE
+    )
 
 
 def check_places(base: Path, output: Path) -> None:

@@ -197,6 +197,13 @@ def load_samples(
 def _tokenize(
     record: dict[str, Any], tokenizer: Any, kwargs: dict[str, Any], eos: Sequence[int]
 ) -> Tokenized:
+    # a table with a column for each schema has nulls in the others
+    record = {key: value for key, value in record.items() if value is not None}
+    schemas = [name for name in ("messages", "inputs", "completion") if name in record]
+    if len(schemas) > 1:
+        raise DataError(
+            f"the line has several schemas: {', '.join(schemas)}", fix="leave one, the rest null"
+        )
     if "messages" in record:
         return tokenize_chat(tokenizer, record["messages"], record.get("tools"), kwargs, eos)
     if "inputs" in record:
@@ -256,13 +263,16 @@ def _predict(tokenized: Tokenized, masked: Sequence[int]) -> NDArray[np.bool_]:
     return predict
 
 
-def split_held_out(samples: SampleSet, fraction: float, seed: int) -> tuple[SampleSet, SampleSet]:
+def split_held_out(
+    samples: SampleSet, fraction: float, seed: int, most: int | None = None
+) -> tuple[SampleSet, SampleSet]:
     """Splits a set by the samples' ids: the same ids are held out whatever else changes.
 
     Args:
         samples: At least two.
         fraction: Share held out, in (0, 1); at least one sample is, and at least one is not.
         seed: Of the draw.
+        most: Hold out no more than this many.
 
     Raises:
         DataError: There are fewer than two samples, or the fraction is out of range.
@@ -276,7 +286,7 @@ def split_held_out(samples: SampleSet, fraction: float, seed: int) -> tuple[Samp
         )
     ids = torch.tensor([sample.id for sample in samples.samples])
     draws = counter_uniform(seed, _SPLIT_STREAM, ids)
-    held = min(max(1, round(count * fraction)), count - 1)
+    held = min(max(1, round(count * fraction)), count - 1, most or count)
     chosen = set(draws.argsort(stable=True)[:held].tolist())
     inside = tuple(s for i, s in enumerate(samples.samples) if i in chosen)
     outside = tuple(s for i, s in enumerate(samples.samples) if i not in chosen)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,15 +120,46 @@ class _Wandb:
         import wandb
 
         name = "-".join(directory.resolve().parts[-2:])
-        self._run: Any = wandb.init(
-            dir=str(directory), id=name, name=name, config=dict(config), resume="allow"
-        )
+        kept = directory / "logs" / "wandb-id"  # a run that was moved keeps its id
+        if not kept.exists():
+            atomic_write_text(kept, re.sub(r"[^\w.-]", "-", name)[-128:])
+        try:
+            self._run: Any = wandb.init(
+                dir=str(directory),
+                id=kept.read_text(),
+                name=name,
+                config=dict(config),
+                resume="allow",
+            )
+        except Exception as error:  # it has many kinds: no login, no network, a full disk
+            raise EnvironmentProblem(
+                f"wandb cannot start: {error}",
+                fix="log in, or set WANDB_MODE=offline and send the run later with `wandb sync`",
+            ) from error
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         self._run.finish()
+
+
+def require_tracker(track: str) -> None:
+    """Checks that a tracker's package is installed, without importing it.
+
+    Raises:
+        EnvironmentProblem: It is not.
+    """
+    package = {"none": "json"}.get(track, track)
+    if importlib.util.find_spec(package) is None:
+        raise _no_tracker(track, package)
+
+
+def _no_tracker(track: str, package: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"--track {track} needs a package that is not installed: {package}",
+        fix="pip install autodeco[track], or leave --track out",
+    )
 
 
 def _tracker(track: str, directory: Path, config: dict[str, Any], step: int) -> _Tracker | None:
@@ -137,10 +170,7 @@ def _tracker(track: str, directory: Path, config: dict[str, Any], step: int) -> 
             _TensorBoard(directory, step) if track == "tensorboard" else _Wandb(directory, config)
         )
     except ImportError as error:
-        raise EnvironmentProblem(
-            f"--track {track} needs a package that is not installed: {error.name or track}",
-            fix="pip install autodeco[track], or leave --track out",
-        ) from error
+        raise _no_tracker(track, error.name or track) from error
 
 
 class ProgressLine:

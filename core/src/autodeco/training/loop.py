@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from autodeco.files import remove_partial
 from autodeco.heads.modules import DecodingHeads
 from autodeco.heads.objective import OBJECTIVES, ObjectiveSums, objective_sums
 from autodeco.job import Job
+from autodeco.stopping import Stop, StopWatch, end_early
 from autodeco.training.batching import global_batch_at, microbatches, steps_per_epoch
 from autodeco.training.checkpoint import (
     TrainingState,
@@ -34,8 +31,8 @@ from autodeco.training.logging import MetricsLog, ProgressLine
 from autodeco.training.parallel import (
     add_gradients,
     add_sums,
-    any_rank,
     from_first,
+    largest_of_ranks,
     rank_and_world,
     wait_for_all,
 )
@@ -97,7 +94,8 @@ def train(
         DataError: There is nothing to learn from.
         UsageError: The objective averages over samples, and the engine has parts of them.
         RunError: The checkpoints are of other heads.
-        KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was written after the step.
+        StoppedEarly: SIGTERM or SIGUSR1 came, or the time limit; a checkpoint was written.
+        KeyboardInterrupt: SIGINT came; a checkpoint was written after the step.
         NumericsError: A loss or a gradient is not finite; the last checkpoint is intact.
         EnvironmentProblem: A checkpoint cannot be written.
     """
@@ -162,20 +160,24 @@ class _Loop:
         console = self.console if first else Console(quiet=True)
         progress = ProgressLine(console, self.total, self.step, self.job.log_seconds)
         try:
-            with _checkpoint_on_signal() as asked, progress:
+            with StopWatch(self.job.time_limit) as watch, progress:
                 if not resumed:
-                    self._evaluate(log)
-                    self._save()
+                    with watch.timed("evaluation"):
+                        self._evaluate(log)
+                    with watch.timed("checkpoint"):
+                        self._save()
                 while self.step < self.total:
-                    self._one_step(log, progress)
+                    with watch.timed("step"):
+                        self._one_step(log, progress)
                     last = self.step == self.total
                     due = last or self.step % self.job.eval_every == 0
-                    improved = due and self._evaluate(log)
-                    stop = any_rank(asked.is_set(), self.engine.device)
+                    with watch.timed("evaluation"):
+                        improved = due and self._evaluate(log)
+                    stop = Stop(largest_of_ranks(watch.wanted(), self.engine.device))
                     if last or improved or stop or self.step % self.job.save_every == 0:
-                        self._save()
-                    if stop:
-                        raise KeyboardInterrupt
+                        with watch.timed("checkpoint"):
+                            self._save()
+                    end_early(stop, f"at step {self.step}/{self.total}, with a checkpoint")
         finally:
             if log is not None:
                 log.close()
@@ -372,28 +374,3 @@ def _load_moments(
             "exp_avg": moments[f"{name}.exp_avg"].to(parameter.device),
             "exp_avg_sq": moments[f"{name}.exp_avg_sq"].to(parameter.device),
         }
-
-
-@contextmanager
-def _checkpoint_on_signal() -> Iterator[threading.Event]:
-    """SIGTERM and SIGINT ask for a checkpoint after the step; a second SIGINT ends at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def ask(number: int, _: Any) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-        os.write(2, b"\nstopping after this step, with a checkpoint\n")
-
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in signals}
-    for number in signals:
-        signal.signal(number, ask)
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

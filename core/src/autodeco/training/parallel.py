@@ -28,13 +28,13 @@ def from_first(value: _Value) -> _Value:
     return result
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Returns whether the flag is set on any rank: a signal does not reach all in one step."""
+def largest_of_ranks(value: int, device: torch.device) -> int:
+    """Returns the largest value of all ranks: a signal does not reach all in one step."""
     if not dist.is_initialized():
-        return flag
-    value = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return value
+    box = torch.tensor([value], device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return int(box.item())
 
 
 def add_gradients(flat: Tensor) -> None:

@@ -128,6 +128,9 @@ def tokenize_text(tokenizer: Any, prompt: str, completion: str, eos: Sequence[in
     tail = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     if not tail:
         raise DataError("the completion has no token", fix="remove the line")
+    end = _turn_end(tail, eos)
+    if not tokenizer.decode(tail[end:]).strip():
+        tail = tail[:end]  # what a template writes behind the end of the turn is not the model's
     return Tokenized.of(head, tail, eos)
 
 

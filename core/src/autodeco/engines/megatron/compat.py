@@ -1,4 +1,4 @@
-"""What megatron-core needs CUDA for, and its cures; applied only where there is no CUDA.
+"""What megatron-core needs CUDA or Transformer Engine for, and the cures where they are missing.
 
 Each cure is as small as it can be, and a test fails when a version of megatron-core no longer needs
 it.
@@ -18,17 +18,19 @@ from autodeco.engines.megatron.context import positions_of
 
 @dataclass(frozen=True)
 class Cure:
-    """One obstacle on a machine without CUDA.
+    """One obstacle on a machine without CUDA or without Transformer Engine.
 
     Attributes:
         name: What it is.
         needed: Whether the obstacle is there.
         apply: Takes it away.
+        with_cuda: It stands in the way where there is CUDA, too.
     """
 
     name: str
     needed: Callable[[], bool]
     apply: Callable[[], None]
+    with_cuda: bool = False
 
 
 def _asks_cuda_for_the_device() -> bool:
@@ -83,6 +85,7 @@ CURES = (
         "the router's product is undefined without Transformer Engine",
         _router_misses_its_product,
         _no_product_of_transformer_engine,
+        with_cuda=True,
     ),
     Cure(
         "a context rank's rotary positions are chosen on a GPU",
@@ -92,10 +95,8 @@ CURES = (
 )
 
 
-def cure_missing_cuda() -> None:
-    """Applies the cures that are needed; does nothing where there is CUDA."""
-    if torch.cuda.is_available():
-        return
+def apply_cures() -> None:
+    """Applies the cures that are needed here."""
     for cure in CURES:
-        if cure.needed():
+        if (cure.with_cuda or not torch.cuda.is_available()) and cure.needed():
             cure.apply()

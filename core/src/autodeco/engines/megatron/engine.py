@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
-from autodeco.engines.megatron.compat import cure_missing_cuda
+from autodeco.engines.megatron.compat import apply_cures
 from autodeco.engines.megatron.context import positions_of
 from autodeco.engines.megatron.loading import Place, load_stage
 from autodeco.engines.megatron.model import (
@@ -61,8 +61,8 @@ class MegatronEngine:
         self.path, self.device, self.dtype, self.layout = weights.path, device, dtype, layout
         shape = weights.shape
         self.hidden_size, self.vocab_size = shape.hidden_size, shape.vocab_size
-        cure_missing_cuda()
-        _form_groups(layout, device)
+        apply_cures()
+        form_groups(layout, device)
         where = weights.path / "config.json"
         config = read_json(where)
         self.first = parallel_state.is_pipeline_first_stage()
@@ -188,10 +188,11 @@ class MegatronEngine:
         return digest.hexdigest()
 
 
-def _form_groups(layout: ParallelLayout, device: torch.device) -> None:
+def form_groups(layout: ParallelLayout, device: torch.device) -> None:
     """Makes megatron-core's process groups, once in a process."""
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # gloo beside nccl: another engine of this process may run on the CPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autodeco.engines.base import TokenBatch
-from autodeco.engines.megatron import experts
+from autodeco.engines.megatron import attention, experts
 from autodeco.engines.megatron.engine import MegatronEngine
 from autodeco.heads import closed_form, kernels
 from autodeco.heads.modules import DecodingHeads, HeadsConfig
@@ -36,11 +37,12 @@ ASSUMED = (
     "bfloat16 and float16: flash attention; float32 with grouped queries: torch's plain attention",
     "Triton is installed (it comes with torch's CUDA builds)",
 )
+_ABSENT = object()
 _BLOCK = 512  # the CUDA allocator gives out multiples of this
 _CUBLAS_BYTES = 32 * 2**20  # its workspace on Hopper; 8 MiB before
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the tensors on the meta device while they live.
 
     Args:
@@ -52,7 +54,7 @@ class Allocations(TorchDispatchMode):
     """
 
     def __init__(self, chosen: float) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.chosen, self.live, self.peak = chosen, 0, 0
         self._held: dict[int, Any] = {}
 
@@ -137,11 +139,16 @@ def as_if_on_a_gpu() -> Iterator[None]:
     """Lets the engine run on the meta device by the paths that it takes on a GPU."""
     plain_attention = torch.nn.functional.scaled_dot_product_attention
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if q.dtype == torch.float32:
-            return plain_attention(q, k, v, *args, **kwargs)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        out: Tensor = flash(q, k, v, 0.0, True, scale=kwargs.get("scale"))[0]
+    def attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        scale = {"scale": kwargs.get("scale")}
+        out: Tensor
+        if q.dtype != torch.float32:
+            out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, **scale)[0]
+        elif q.shape[1] == k.shape[1]:
+            efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+            out = efficient(q, k, v, None, False, 0.0, True, **scale)[0]
+        else:
+            out = plain_attention(q, k, v, *args, **kwargs)
         return out
 
     def sums(logits: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -151,10 +158,12 @@ def as_if_on_a_gpu() -> Iterator[None]:
         for place, name, value in (
             (torch, "autocast", lambda *_, **__: nullcontext()),  # knows no meta device
             (torch.cuda, "current_device", lambda: META),
-            (torch.nn.functional, "scaled_dot_product_attention", attention),
+            (torch.nn.functional, "scaled_dot_product_attention", attend),
+            (attention, "causal_lower_right", lambda queries, keys: None),
             (closed_form, "has_kernel", lambda device, dtype: dtype != torch.float64),
             (kernels, "sums_over_vocabulary", sums),
             (experts, "_has_grouped_product", lambda weight: weight.dtype == torch.bfloat16),
+            (moe_utils, "te_general_gemm", None),  # Transformer Engine's knows no meta device
             (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", object()),
             (MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _even_counts),
         ):
@@ -165,12 +174,15 @@ def as_if_on_a_gpu() -> Iterator[None]:
 @contextmanager
 def replaced(place: Any, name: str, value: Any) -> Iterator[None]:
     """Gives a module's or a class's attribute another value for the time of the context."""
-    before = getattr(place, name)
+    before = getattr(place, name, _ABSENT)
     setattr(place, name, value)
     try:
         yield
     finally:
-        setattr(place, name, before)
+        if before is _ABSENT:
+            delattr(place, name)
+        else:
+            setattr(place, name, before)
 
 
 def _even_counts(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
@@ -218,7 +230,7 @@ class RankMemory:
 def measure(
     engine: MegatronEngine, rows: int, length: int, objective: str, chosen: float
 ) -> RankMemory:
-    """Runs two microbatches and the objective of each; call it inside `as_if_on_a_gpu`.
+    """Runs two microbatches, the objective on the second; call it inside `as_if_on_a_gpu`.
 
     Args:
         engine: On the meta device.
@@ -236,10 +248,10 @@ def measure(
         allocations.restart()
         forward = loss = pipeline = 0
         batches = [_batch(rows, length)] * 2
-        for hidden in engine.hidden_states(batches):
+        for number, hidden in enumerate(engine.hidden_states(batches)):
             forward = max(forward, allocations.restart())
             pipeline = _travelling(engine)
-            if hidden is not None:
+            if hidden is not None and number == 1:
                 objective_sums(
                     heads,
                     hidden,
@@ -249,7 +261,7 @@ def measure(
                     epoch=0,
                     backward=True,
                 )
-                loss = max(loss, allocations.restart())
+                loss = allocations.restart()
     base = weights + kept
     workspace = _CUBLAS_BYTES
     return RankMemory(

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
 from autodeco.engines.megatron.attention import SdpaCoreAttention
@@ -28,17 +30,29 @@ def stack_experts(model: Any) -> None:
 class KeepHidden(nn.Module):
     """Stands in for the output layer: the objective makes logits where and when it needs them.
 
-    Attributes:
+    Args:
         weight: [V_local, d].
+        tied: megatron-core's checkpoints store it once, as the embedding.
     """
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: nn.Parameter, tied: bool) -> None:
         super().__init__()
         self.weight = weight
+        self._tied = tied
 
     def forward(self, hidden: Tensor, **_: Any) -> tuple[Tensor, None]:
         """Returns the hidden states as they are."""
         return hidden, None
+
+    def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
+        """Says where megatron-core's checkpoints have the weight."""
+        replica = (int(self._tied), 0, parallel_state.get_data_parallel_rank(True))
+        name = prefix + "weight"
+        key = name.replace("output_layer", "embedding.word_embeddings") if self._tied else name
+        entry = make_tp_sharded_tensor_for_checkpoint(
+            self.weight, key, replica_id=replica, allow_shape_mismatch=True
+        )
+        return {name: entry}
 
 
 def transformer_config(
@@ -156,5 +170,5 @@ def build_stage(config: Any, shape: ModelShape, theta: float, *, first: bool, la
     if last:
         tied = first and shape.tied_embeddings
         weight = model.embedding.word_embeddings.weight if tied else model.output_layer.weight
-        model.output_layer = KeepHidden(weight)
+        model.output_layer = KeepHidden(weight, shape.tied_embeddings)
     return model.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Many processes as one run: how they start, meet, watch each other, log and end."""

@@ -1,0 +1,249 @@
+"""What an imported checkpoint holds and where: the records of its manifest, and its verification.
+
+An imported checkpoint is a directory with ``weights/`` (torch.distributed.checkpoint's format, as
+megatron-core reads it) and ``import.json``, the manifest that marks it as ours. The ``.metadata``
+in ``weights/`` is a pickle: nothing here reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from autodeco.errors import WeightsError
+from autodeco.files import read_json
+
+MANIFEST = "import.json"
+WEIGHTS = "weights"
+VERSION = 1
+Dims = tuple[int, ...]
+_BLOCK = 16 << 20
+_AGAIN = "remove the directory and import again"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of rows of one target of the weight map, as megatron-core stores it.
+
+    Attributes:
+        target: The target's name.
+        first_row: Of the block, in the target.
+        shape: The block's, as in the target: [rows, ...].
+        key: Name of the stored tensor, which stacks layers (and experts) in its first dimensions.
+        aliases: Further names of the same stored tensor.
+        global_shape: The stored tensor's.
+        offset: Where the block begins in it.
+    """
+
+    target: str
+    first_row: int
+    shape: Dims
+    key: str
+    aliases: tuple[str, ...]
+    global_shape: Dims
+    offset: Dims
+
+    @property
+    def stored_shape(self) -> Dims:
+        """Returns the block's shape with ones for the stacked dimensions."""
+        return (1,) * (len(self.global_shape) - len(self.shape)) + self.shape
+
+    @property
+    def numel(self) -> int:
+        """Returns the number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class WrittenPiece:
+    """A piece on disk.
+
+    Attributes:
+        piece: What it is.
+        dtype: As torch names it, without ``torch.``.
+        file: Its file in ``weights/``.
+        at: Where its record begins in the file.
+        length: Bytes of the record.
+        start: Where its elements begin in the file, in row-major order.
+        size: Bytes of its elements.
+        sha256: Of its elements.
+    """
+
+    piece: Piece
+    dtype: str
+    file: str
+    at: int
+    length: int
+    start: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file on disk: its size in bytes and its sha256."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of pieces, written by one rank in one step.
+
+    Attributes:
+        file: Its name in ``weights/``.
+        content: Its size and hash.
+        pieces: In the order of the file.
+        blob: Where the one empty object lies that all object keys share; None: not in this part.
+    """
+
+    file: str
+    content: WrittenFile
+    pieces: tuple[WrittenPiece, ...]
+    blob: tuple[int, int] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it for a JSON file."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Part:
+        """Reads what `to_json` wrote."""
+        pieces = tuple(WrittenPiece(**{**p, "piece": _piece(p["piece"])}) for p in value["pieces"])
+        blob = tuple(value["blob"]) if value["blob"] else None
+        return cls(value["file"], WrittenFile(**value["content"]), pieces, blob)
+
+
+def _piece(value: Mapping[str, Any]) -> Piece:
+    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+    return Piece(**plain)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about an imported checkpoint.
+
+    Attributes:
+        source: Digest of the checkpoint that it was made from.
+        parts: Its files of tensors.
+        files: The other files of ``weights/``.
+    """
+
+    source: str
+    parts: tuple[Part, ...]
+    files: Mapping[str, WrittenFile]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it for a JSON file."""
+        return {
+            "made_by": "autodeco import",
+            "format": "torch_dist",
+            "version": VERSION,
+            "source": self.source,
+            "parts": [part.to_json() for part in self.parts],
+            "files": {name: dataclasses.asdict(file) for name, file in self.files.items()},
+        }
+
+    def contents(self) -> dict[str, WrittenFile]:
+        """Returns every file in ``weights/``, by name."""
+        return {**{part.file: part.content for part in self.parts}, **self.files}
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads the manifest of an imported checkpoint and checks that its files are there.
+
+    Raises:
+        WeightsError: There is none, it is of another version, or a file is missing or has another
+            size.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise WeightsError(
+            "the directory is no imported checkpoint: it has no " + MANIFEST,
+            where=str(directory),
+            fix="make one with autodeco import --format torch_dist --output DIR",
+        )
+    value = read_json(path)
+    try:
+        if (value["format"], value["version"]) != ("torch_dist", VERSION):
+            raise ValueError(f"format {value['format']}, version {value['version']}")
+        manifest = Manifest(
+            str(value["source"]),
+            tuple(Part.from_json(part) for part in value["parts"]),
+            {name: WrittenFile(**file) for name, file in value["files"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"the manifest cannot be used: {error}", where=str(path), fix=_AGAIN
+        ) from error
+    for name, content in manifest.contents().items():
+        _check_size(directory, name, content)
+    return manifest
+
+
+def _check_size(directory: Path, name: str, content: WrittenFile) -> None:
+    path = directory / WEIGHTS / name
+    if Path(name).name != name:
+        raise WeightsError(
+            f"the manifest points to {name!r}, outside the directory",
+            where=str(directory / MANIFEST),
+            fix="do not use this checkpoint: its manifest is forged or damaged",
+        )
+    size = path.stat().st_size if path.is_file() else None
+    if size != content.size:
+        found = "is missing" if size is None else f"has {size} bytes, written were {content.size}"
+        raise WeightsError(f"the file {found}", where=str(path), fix=_AGAIN)
+
+
+def verify(directory: Path, manifest: Manifest, *, rank: int = 0, ranks: int = 1) -> None:
+    """Reads files back and compares their checksums; this rank takes every `ranks`-th file.
+
+    Raises:
+        WeightsError: A file is damaged; the message names the first tensor that is.
+    """
+    pieces = {part.file: part.pieces for part in manifest.parts}
+    for name, content in sorted(manifest.contents().items())[rank::ranks]:
+        path = directory / WEIGHTS / name
+        if file_sha256(path) == content.sha256:
+            continue
+        with path.open("rb") as stream:
+            broken = [
+                w.piece.target
+                for w in pieces.get(name, ())
+                if span_sha256(stream, w.start, w.size) != w.sha256
+            ]
+        raise WeightsError(
+            "the file is damaged" + (f": {broken[0]!r} has other bytes" if broken else ""),
+            where=str(path),
+            fix=_AGAIN,
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a whole file, read block by block."""
+    with path.open("rb") as stream:
+        return span_sha256(stream, 0, path.stat().st_size)
+
+
+def span_sha256(stream: BinaryIO, start: int, size: int) -> str:
+    """Returns the sha256 of `size` bytes from `start`, read block by block."""
+    digest = hashlib.sha256()
+    for block in _blocks(stream, start, size):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(stream: BinaryIO, start: int, size: int) -> Iterator[bytes]:
+    stream.seek(start)
+    while size > 0:
+        block = stream.read(min(size, _BLOCK))
+        if not block:
+            return
+        size -= len(block)
+        yield block

@@ -1,0 +1,76 @@
+"""Reads targets, or slices of them, from an imported checkpoint; nothing is unpickled."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from autodeco.convert.stored import MANIFEST, WEIGHTS, WrittenPiece, read_manifest
+from autodeco.errors import WeightsError
+
+
+class StoredReader:
+    """An open imported checkpoint; use it in a ``with`` block.
+
+    Args:
+        directory: It has a manifest.
+
+    Raises:
+        WeightsError: It is none of ours, or not complete.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._pieces: dict[str, list[WrittenPiece]] = {}
+        for part in read_manifest(directory).parts:
+            for written in part.pieces:
+                self._pieces.setdefault(written.piece.target, []).append(written)
+        self._open: dict[str, mmap.mmap] = {}
+
+    def __enter__(self) -> StoredReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.clear()  # the maps close with the last tensor on them
+
+    def read(self, target: str, dim: int = 0, rank: int = 0, ranks: int = 1) -> Tensor:
+        """Returns the slice number `rank` of `ranks` along `dim` of each of the target's pieces.
+
+        Args:
+            target: A name of the weight map.
+            dim: 0 or 1.
+            rank, ranks: Which slice; no other byte is read.
+
+        Raises:
+            WeightsError: The checkpoint does not hold the target.
+        """
+        pieces = sorted(self._pieces.get(target, ()), key=lambda w: w.piece.first_row)
+        if not pieces:
+            raise WeightsError(
+                f"the imported checkpoint has no {target!r}",
+                where=str(self.directory / MANIFEST),
+                fix="remove the directory and import again",
+            )
+        parts = [self._slice(written, dim, rank, ranks) for written in pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _slice(self, written: WrittenPiece, dim: int, rank: int, ranks: int) -> Tensor:
+        shape, dtype = list(written.piece.shape), getattr(torch, written.dtype)
+        # As bytes: records begin anywhere in a file, and elements must be aligned.
+        raw = torch.frombuffer(
+            self._file(written.file), dtype=torch.uint8, count=written.size, offset=written.start
+        ).view(shape[0], -1)
+        size = raw.shape[dim] // ranks
+        taken = raw.narrow(dim, rank * size, size).clone(memory_format=torch.contiguous_format)
+        shape[dim] //= ranks
+        return taken.view(dtype).view(shape)
+
+    def _file(self, name: str) -> mmap.mmap:
+        if name not in self._open:
+            with (self.directory / WEIGHTS / name).open("rb") as stream:
+                # a private map: torch wants to be allowed to write
+                self._open[name] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._open[name]

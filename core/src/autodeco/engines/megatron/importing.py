@@ -1,0 +1,288 @@
+"""A Hugging Face directory becomes a megatron-core checkpoint, written by all ranks."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from autodeco.convert.shards import ShardReader
+from autodeco.convert.source import checkpoint_digest
+from autodeco.convert.stored import (
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    Part,
+    Piece,
+    file_sha256,
+    read_manifest,
+    verify,
+)
+from autodeco.convert.stored_writer import PieceSource, finish, write_part
+from autodeco.engines.megatron.compat import apply_cures
+from autodeco.engines.megatron.engine import form_groups
+from autodeco.engines.megatron.stored_layout import stored_layout
+from autodeco.errors import AutodecoError, EnvironmentProblem, WeightsError
+from autodeco.family import Architecture
+from autodeco.files import (
+    atomic_write_json,
+    make_directory,
+    publish,
+    read_json,
+    remove,
+    remove_partial,
+)
+from autodeco.hookspecs import ImportedWeights
+from autodeco.layout import ParallelLayout
+from autodeco.processes import rank, world_size
+
+PART_BYTES = 512 << 20
+_PATIENCE = datetime.timedelta(hours=12)  # ranks wait for the slowest; gloo's own limit is shorter
+_PLAN = "plan.json"
+_PARTS = "parts"
+_CPU = torch.device("cpu")
+_T = TypeVar("_T")
+
+
+def import_checkpoint(
+    weights: ImportedWeights,
+    architecture: Architecture,
+    directory: Path,
+    *,
+    part_bytes: int = PART_BYTES,
+) -> Manifest:
+    """Makes `directory` an imported checkpoint of `weights`, or finds that it is one.
+
+    Every rank calls it and writes its share of the parts. A killed import goes on where it
+    stopped: it works in a hidden directory beside `directory`, which appears when it is complete.
+
+    Args:
+        weights: The source, in Hugging Face format, its weight map proved total.
+        architecture: Its architecture.
+        directory: The result; see `autodeco.convert.stored`.
+        part_bytes: A file takes tensors until it has so many bytes; they are held in memory.
+
+    Raises:
+        WeightsError: `directory` is of another checkpoint or damaged, or weight map and model do
+            not agree.
+        EnvironmentProblem: It cannot be written, or a rank does not see it.
+    """
+    if (there := _there(weights, directory)) is not None:
+        return there
+    apply_cures()
+    ranks = _Ranks()
+    try:
+        return _Import(weights, architecture, directory, ranks, part_bytes).run()
+    finally:
+        ranks.leave()
+
+
+def verify_checkpoint(directory: Path) -> Manifest:
+    """Reads an imported checkpoint back, each rank its share, and compares all checksums.
+
+    Raises:
+        WeightsError: A file is missing or damaged.
+    """
+    ranks = _Ranks()
+    try:
+        manifest = ranks.agree(lambda: read_manifest(directory))
+        ranks.agree(lambda: verify(directory, manifest, rank=rank(), ranks=world_size()))
+        return manifest
+    finally:
+        ranks.leave()
+
+
+def _there(weights: ImportedWeights, directory: Path) -> Manifest | None:
+    """Returns what was imported before; each rank finds it alone, and may be asked alone."""
+    if not directory.exists():
+        return None
+    manifest = read_manifest(directory)
+    if manifest.source != checkpoint_digest(weights.path):
+        raise WeightsError(
+            "the directory holds an import of another checkpoint",
+            where=str(directory),
+            fix="choose another directory, or remove it first",
+        )
+    return manifest
+
+
+class _Ranks:
+    """All processes of the job, which go on together or fail together."""
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._joined = not dist.is_initialized()  # or will be: then this is all they are for
+        if world_size() > 1:
+            if not dist.is_initialized():
+                dist.init_process_group("gloo", timeout=_PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    def agree(self, step: Callable[[], _T]) -> _T:
+        """Takes a step on every rank; where one fails, all do.
+
+        Raises:
+            AutodecoError: That of the first rank that failed, which it names.
+        """
+        if self._group is None:
+            return step()
+        result: Any = None
+        problem: AutodecoError | None = None
+        try:
+            result = step()
+        except AutodecoError as error:
+            problem = error
+        problems: list[Any] = [None] * world_size()
+        dist.all_gather_object(problems, problem, self._group)
+        for number, found in enumerate(problems):
+            if found is not None:
+                found.who = f"rank {number}" + (f": {found.who}" if found.who else "")
+                found.agreed = True
+                raise found
+        value: _T = result
+        return value
+
+    def from_first(self, step: Callable[[], _T]) -> _T:
+        """Takes a step on rank 0 alone and gives everyone its result."""
+        box: list[Any] = [self.agree(lambda: step() if rank() == 0 else None)]
+        if self._group is not None:
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        value: _T = box[0]
+        return value
+
+    def leave(self) -> None:
+        """Leaves the process groups as they were found: an engine may want others."""
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        if self._joined and dist.is_initialized():
+            dist.destroy_process_group()
+        elif self._group is not None:
+            dist.destroy_process_group(self._group)
+
+
+class _Import:
+    """One call of `import_checkpoint`."""
+
+    def __init__(
+        self,
+        weights: ImportedWeights,
+        architecture: Architecture,
+        directory: Path,
+        ranks: _Ranks,
+        part_bytes: int,
+    ) -> None:
+        self.weights, self.architecture, self.final = weights, architecture, directory
+        self.ranks, self.part_bytes = ranks, part_bytes
+        self.building = directory.with_name(f".{directory.name}.importing")
+
+    def run(self) -> Manifest:
+        """Goes the whole way."""
+        form_groups(ParallelLayout(), _CPU)
+        pieces, objects = self.ranks.from_first(self._layout)
+        with ShardReader(self.weights.path) as reader:
+            source = PieceSource(self.weights, reader)
+            self.ranks.agree(lambda: _check_alike(pieces, source))
+            groups = split(pieces, lambda piece: source.dtype(piece).itemsize, self.part_bytes)
+            self.ranks.from_first(lambda: self._begin(len(groups)))
+            self.ranks.agree(self._check_shared)
+            self.ranks.agree(lambda: self._write(groups, source, objects))
+        self.ranks.from_first(lambda: self._finish(len(groups), objects))
+        return self.ranks.agree(lambda: read_manifest(self.final))
+
+    def _layout(self) -> tuple[tuple[Piece, ...], tuple[str, ...]]:
+        config = read_json(self.weights.path / "config.json")
+        return stored_layout(self.weights, self.architecture, config)
+
+    def _begin(self, parts: int) -> None:
+        """Makes the working directory, or takes over one of the same source and plan."""
+        plan = {
+            "source": checkpoint_digest(self.weights.path, times=True),
+            "parts": parts,
+            "part_bytes": self.part_bytes,
+        }
+        path = self.building / _PLAN
+        if self.building.exists() and not (path.exists() and read_json(path) == plan):
+            remove(self.building)
+        for folder in (self.building / WEIGHTS, self.building / _PARTS):
+            make_directory(folder)
+            remove_partial(folder)
+        atomic_write_json(path, plan)
+
+    def _check_shared(self) -> None:
+        if not (self.building / _PLAN).exists():
+            raise EnvironmentProblem(
+                f"rank {rank()} does not see the directory that rank 0 made",
+                where=str(self.building),
+                fix="choose a directory that all machines share",
+            )
+
+    def _record(self, number: int) -> Path:
+        return self.building / _PARTS / f"{number}.json"
+
+    def _write(
+        self, groups: Sequence[Sequence[Piece]], source: PieceSource, objects: Sequence[str]
+    ) -> None:
+        """Writes this rank's parts that are not there; those that are, are read back."""
+        for number in range(rank(), len(groups), world_size()):
+            if self._is_whole(number):
+                continue
+            blob = objects[0] if objects and number == 0 else None
+            part = write_part(self.building / WEIGHTS, number, groups[number], source, blob)
+            atomic_write_json(self._record(number), part.to_json())
+
+    def _is_whole(self, number: int) -> bool:
+        if not self._record(number).exists():
+            return False
+        part = Part.from_json(read_json(self._record(number)))
+        path = self.building / WEIGHTS / part.file
+        return path.is_file() and file_sha256(path) == part.content.sha256
+
+    def _finish(self, parts: int, objects: Sequence[str]) -> None:
+        """Writes the metadata and the manifest, and gives the directory its name."""
+        written = tuple(Part.from_json(read_json(self._record(n))) for n in range(parts))
+        files = finish(self.building / WEIGHTS, written, objects)
+        manifest = Manifest(checkpoint_digest(self.weights.path), written, files)
+        atomic_write_json(self.building / MANIFEST, manifest.to_json())
+        publish(self.building, self.final)
+        remove(self.final / _PARTS)
+        remove(self.final / _PLAN)
+
+
+def _check_alike(pieces: Sequence[Piece], source: PieceSource) -> None:
+    """A stored tensor stacks layers, so they must have one dtype; nothing has been written yet."""
+    first: dict[str, Piece] = {}
+    for piece in pieces:
+        other = first.setdefault(piece.key, piece)
+        if source.dtype(piece) != source.dtype(other):
+            raise WeightsError(
+                f"layers differ in their dtype: {other.target} is {source.dtype(other)}, "
+                f"{piece.target} is {source.dtype(piece)}",
+                where=piece.key,
+                fix="import a checkpoint whose layers are stored alike",
+            )
+
+
+def split(
+    pieces: Sequence[Piece], itemsize: Callable[[Piece], int], limit: int
+) -> list[list[Piece]]:
+    """Groups pieces, in order, into parts; the targets' own order keeps reading sequential.
+
+    A part takes pieces until it has `limit` bytes; one larger piece is a part of its own.
+    """
+    groups: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        size = piece.numel * itemsize(piece)
+        if size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(piece)
+        room -= size
+    return groups
+
+
+__all__ = ["MANIFEST", "PART_BYTES", "import_checkpoint", "split", "verify_checkpoint"]
