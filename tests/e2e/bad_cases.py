@@ -351,14 +351,12 @@ CASES = [
         5,
         lambda w: w.run("--init-heads", w.root / "no"),
         ("{root}/no", "check the path"),
-        begins=True,
     ),
     Case(
         "a model for heads",
         5,
         lambda w: w.run("--init-heads", w.model),
         ("{model}", "no heads"),
-        begins=True,
     ),
     # options
     option_case("unknown value", "--objective nnl", "'nnl' is not one of", "nll"),
@@ -378,7 +376,7 @@ CASES = [
         "resuming a run of another job",
         6,
         lambda w: w.run("--resume", w.pristine),
-        ("other options", "--resume new", "--allow-change"),
+        ("training of this run is done", "--resume new", "--init-heads"),
     ),
     Case("resuming no run", 6, lambda w: w.run("--resume", w.root), ("{root}", "no run is there")),
     Case(
@@ -388,5 +386,5 @@ CASES = [
         ("no run of this job is trained", "train first"),
     ),
     Case("file for --out", 7, file_for_directory, ("{out}", "Not a directory"), begins=True),
-    Case("output that exists", 7, occupied, ("{out}/heads", "exists already"), begins=True),
+    Case("output that exists", 2, occupied, ("{out}/heads", "exists already"), begins=True),
 ]

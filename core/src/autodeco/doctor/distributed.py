@@ -233,7 +233,10 @@ def _group(meeting: Meeting, device: torch.device, limit: float) -> Iterator[Row
     dist.all_reduce(box)
     wanted = meeting.world * (meeting.world + 1) // 2
     if int(box) != wanted:
-        raise EnvironmentProblem(f"a sum over all ranks is {int(box)}, it should be {wanted}")
+        raise EnvironmentProblem(
+            f"a sum over all ranks is {int(box)}, it should be {wanted}",
+            fix="check the network between the ranks, and that all run the same NCCL or gloo",
+        )
     if meeting.rank == 0:
         yield Row("process group", f"{backend}, {meeting.world} ranks, their sum is right")
 
