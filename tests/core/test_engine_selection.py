@@ -17,6 +17,7 @@ from autodeco.errors import EnvironmentProblem, UsageError
 from autodeco.job import Job
 from autodeco.registry import Registry
 from autodeco.settings import resolve
+from autodeco_plugin_qwen3.family import FAMILY
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -113,12 +114,13 @@ def test_a_dtype_that_is_named_is_taken(tmp_path: Path, name: str, device: torch
 def test_the_engine_is_hf_with_the_jobs_device_and_dtype(tmp_path: Path, engine: str) -> None:
     path = save_tiny(tiny_model(), tmp_path)
     weights: Any = SimpleNamespace(path=path)
-    made = build_engine(Job(engine=engine), weights)
+    job = Job(preset="debug", engine=engine)
+    made = build_engine(job, weights, FAMILY)
     assert isinstance(made, HFEngine) and made.name == "hf"
     assert (made.device, made.dtype) == (CPU, torch.float32)
-    assert build_engine(Job(engine=engine, dtype="bfloat16"), weights).dtype == torch.bfloat16
+    assert build_engine(job.replace(dtype="bfloat16"), weights, FAMILY).dtype == torch.bfloat16
     with pytest.raises(EnvironmentProblem):
-        build_engine(Job(engine=engine, device="cuda"), weights)
+        build_engine(job.replace(device="cuda"), weights, FAMILY)
 
 
 @pytest.mark.parametrize(

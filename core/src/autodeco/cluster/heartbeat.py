@@ -76,16 +76,23 @@ class Heartbeat:
         self._verdict: Verdict | None = None
         self._stopped = threading.Event()
         self._main = threading.main_thread().ident
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begins to give signs and to watch."""
         for body in (self._talk, self._watch):
-            threading.Thread(target=body, daemon=True, name=f"autodeco-{body.__name__}").start()
+            name = f"autodeco-{body.__name__}"
+            self._threads.append(threading.Thread(target=body, daemon=True, name=name))
+            self._threads[-1].start()
 
     def finish(self) -> None:
         """Says that this rank is done: its silence means nothing from now on."""
         self._stopped.set()
         self._quietly(lambda: self._store.set(f"sign/{self._rank}", _FINISHED))
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                # Python aborts at its end when a thread is still within the store.
+                thread.join(self._interval + 1)
 
     def post(self, code: int, text: str) -> None:
         """Tells the others that this rank ends, and why; an earlier verdict stays."""

@@ -195,6 +195,10 @@ def joined(job: Job) -> Iterator[Cluster]:
         raise
     else:
         heartbeat.finish()
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _as_error(verdict: Verdict) -> BaseException:
