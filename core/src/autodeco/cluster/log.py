@@ -8,7 +8,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,18 @@ class _OneLine(logging.Formatter):
         return " | ".join(line for line in super().format(record).splitlines() if line.strip())
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk cuts short without ending the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing: the run's own next write reports the disk."""
+
+    def close(self) -> None:
+        """Closes the file, whatever the disk says."""
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def rank_log(directory: Path, rank: int, device: str) -> Iterator[logging.Logger]:
     """Writes this rank's log for as long as the context lasts.
@@ -45,7 +57,7 @@ def rank_log(directory: Path, rank: int, device: str) -> Iterator[logging.Logger
     """
     path = make_directory(directory / LOGS) / f"rank-{rank}.log"
     try:
-        handler = logging.FileHandler(path, encoding="utf-8")  # flushes after every record
+        handler = _LogFile(path, encoding="utf-8")  # flushes after every record
     except OSError as error:
         raise write_problem(error, path) from error
     handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
