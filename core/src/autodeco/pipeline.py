@@ -47,7 +47,6 @@ def run_job(
     registry: Registry,
     stages: Sequence[str] | None = None,
     console: Console | None = None,
-    provenance: Mapping[str, str] | None = None,
     resolution: Resolution | None = None,
 ) -> RunSummary:
     """Runs the stages of a job, skipping those that are done.
@@ -58,7 +57,6 @@ def run_job(
         stages: Which of `STAGES`; all by default. Stages after the training, asked for without
             it, are done again in the newest trained run of this job.
         console: Where progress goes.
-        provenance: Field -> where its value came from; recorded.
         resolution: The plugin and preset, where they were found already.
 
     Returns:
@@ -82,7 +80,7 @@ def run_job(
         name=job.name or f"{resolution.family.id}-{resolution.preset.name}",
     )
     with joined(job) as cluster:
-        return _Run(job, resolution, console, wanted, provenance or {}, cluster).execute()
+        return _Run(job, resolution, console, wanted, cluster).execute()
 
 
 class _Run:
@@ -94,7 +92,6 @@ class _Run:
         resolution: Resolution,
         console: Console,
         wanted: Sequence[str],
-        provenance: Mapping[str, str],
         cluster: Cluster,
     ) -> None:
         self.cluster = cluster
@@ -104,7 +101,6 @@ class _Run:
         self.wanted = wanted
         self.again = _AFTER_TRAINING.issuperset(wanted)
         self.state = _State()
-        self.provenance = provenance
         self.inputs: Inputs
         self.job = job
 

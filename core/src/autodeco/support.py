@@ -90,7 +90,7 @@ MATRIX: tuple[Combination, ...] = (
     ),
     Combination("hf", "any", 0, "cuda", NEVER, {}, "NCCL with more than one GPU"),
     Combination("megatron", "any", 0, "cuda", NEVER, {}, "NCCL with more than one GPU"),
-    Combination("megatron", "tp=1", 1, "cuda", NEVER, {}, "one GPU"),
+    Combination("megatron", "tp=1", 1, "cuda", NEVER, {}, "a whole run on one GPU"),
     Combination("megatron", "any", 0, "cuda", NEVER, {}, "Transformer Engine"),
     Combination("megatron", "any", 0, "cuda", NEVER, {}, "Apex"),
     Combination("hf", "any", 0, "cpu", NEVER, {}, "more than one machine"),

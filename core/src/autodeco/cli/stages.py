@@ -120,7 +120,6 @@ def run_stages(
             registry=registry,
             stages=stages,
             console=console,
-            provenance=resolved.provenance,
             resolution=resolved.resolution,
         )
     if not first:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from autodeco.training.logging import TerminalBar
 
 
-class AnswersLine:
+class AnswersLine(TerminalBar):
     """Counts answers; give `update` to `sample_answers` or `evaluate`.
 
     Args:
@@ -18,39 +18,14 @@ class AnswersLine:
     """
 
     def __init__(self, console: Console, seconds: float) -> None:
+        super().__init__(console, "answers", None)
         self._console, self._seconds = console, seconds
         self._began = self._last = time.monotonic()
         self._first: int | None = None
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("  {task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
-            self._task = self._bar.add_task("answers", total=None)
-
-    def __enter__(self) -> AnswersLine:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def update(self, done: int, total: int) -> None:
         """Shows that `done` of `total` answers are there."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
+        if self.shown(completed=done, total=total):
             return
         now = time.monotonic()
         if self._first is None:

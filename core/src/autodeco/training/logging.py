@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -150,9 +150,8 @@ def require_tracker(track: str) -> None:
     Raises:
         EnvironmentProblem: It is not.
     """
-    package = {"none": "json"}.get(track, track)
-    if importlib.util.find_spec(package) is None:
-        raise _no_tracker(track, package)
+    if track != "none" and importlib.util.find_spec(track) is None:
+        raise _no_tracker(track, track)
 
 
 def _no_tracker(track: str, package: str) -> EnvironmentProblem:
@@ -173,12 +172,19 @@ def _tracker(track: str, directory: Path, config: dict[str, Any], step: int) -> 
         raise _no_tracker(track, error.name or track) from error
 
 
-class ProgressLine:
-    """A rich bar on a terminal; elsewhere one plain line every `seconds`."""
+class TerminalBar:
+    """A rich bar where the console is a terminal, and nothing elsewhere.
 
-    def __init__(self, console: Console, total: int, done: int, seconds: float) -> None:
-        self._console, self._total, self._seconds = console, total, seconds
-        self._last = time.monotonic()
+    Args:
+        console: Where it is drawn.
+        description: Before the bar.
+        total: Of what is counted; None: not known yet.
+        done: Of that, at the beginning.
+    """
+
+    def __init__(
+        self, console: Console, description: str, total: int | None, done: int = 0
+    ) -> None:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -189,9 +195,9 @@ class ProgressLine:
                 console=console,
                 transient=True,
             )
-            self._task = self._bar.add_task("training", total=total, completed=done)
+            self._task = self._bar.add_task(description, total=total, completed=done)
 
-    def __enter__(self) -> ProgressLine:
+    def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -205,13 +211,29 @@ class ProgressLine:
         if self._bar is not None:
             self._bar.stop()
 
+    def shown(self, **values: Any) -> bool:
+        """Moves the bar (completed, total, description); returns whether there is one."""
+        if self._bar is None:
+            return False
+        self._bar.update(self._task, **values)
+        return True
+
+
+class ProgressLine(TerminalBar):
+    """The training's bar; without a terminal one plain line every `seconds`."""
+
+    def __init__(self, console: Console, total: int, done: int, seconds: float) -> None:
+        super().__init__(console, "training", total, done)
+        self._console, self._total, self._seconds = console, total, seconds
+        self._last = time.monotonic()
+
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Shows a step."""
         text = f"loss {values['loss']:.4f} T {values['temperature_mean']:.3f} " + (
             f"P {values['top_p_mean']:.3f}"
         )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
-        elif time.monotonic() - self._last >= self._seconds:
+        if self.shown(completed=step, description=text):
+            return
+        if time.monotonic() - self._last >= self._seconds:
             self._last = time.monotonic()
             self._console.print(f"  step {step}/{self._total} {text}", highlight=False)
