@@ -4,7 +4,8 @@
     python benchmarks/megatron_forward.py --preset 30b-a3b --layers 8
 
 Both models get random bf16 weights on the GPU (no checkpoint is written) and run the same tokens
-without gradient; transformers' runs its decoder with sdpa, as the hf engine does. Prints one JSON
+without gradient; megatron's packed end to end, as the engine does it, transformers' in its decoder
+with sdpa, as the hf engine does. Prints one JSON
 line a batch: median milliseconds and peak memory beyond the weights of both, and the ratios.
 """
 
@@ -51,7 +52,6 @@ def megatron_stage(
     from autodeco.engines.megatron.compat import apply_cures
     from autodeco.engines.megatron.model import (
         build_stage,
-        rope_theta,
         stack_experts,
         transformer_config,
     )
@@ -64,12 +64,24 @@ def megatron_stage(
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     layout = ParallelLayout()
     values = transformer_config(shape, architecture, config, layout, torch.bfloat16, device)
-    model = build_stage(values, shape, rope_theta(config, "preset"), first=True, last=True)
+    model = build_stage(values, shape, first=True, last=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
     stack_experts(model.to(device))
     return model
+
+
+def microbatch(config: dict[str, Any], rows: int, length: int, device: torch.device) -> Any:
+    """What the engine tells its attention layers: rows laid end to end."""
+    from autodeco.engines.megatron.attention import Microbatch
+    from autodeco.engines.megatron.rotary import rotary_of
+
+    positions = torch.arange(length).repeat(rows)
+    tables = rotary_of(config, "preset").tables(positions, torch.bfloat16, device)
+    bounds = tuple(range(0, rows * length + 1, length))
+    starts = torch.tensor(bounds, dtype=torch.int32, device=device)
+    return Microbatch(*tables, bounds, starts)
 
 
 def measure(step: Callable[[], Any], device: torch.device, repeat: int) -> dict[str, float]:
@@ -109,12 +121,15 @@ def main() -> None:
     device = torch.device(options.device)
     stage = megatron_stage(shape, architecture, config, device)
     decoder = transformers_decoder(config, device)
+    from autodeco.engines.megatron.attention import announce
+
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     for rows, length in BATCHES:
         ids = torch.randint(0, shape.vocab_size, (rows, length), device=device)
-        positions = torch.arange(length, device=device).expand(rows, -1)
+        announce(stage, microbatch(config, rows, length, device))
+        packed = ids.view(1, -1)
         with torch.no_grad():
-            ours = measure(lambda i=ids, p=positions: stage(i, p, None), device, options.repeat)  # type: ignore[misc]
+            ours = measure(lambda i=packed: stage(i, i, None), device, options.repeat)  # type: ignore[misc]
             theirs = measure(
                 lambda i=ids: decoder(input_ids=i, use_cache=False),  # type: ignore[misc]
                 device,

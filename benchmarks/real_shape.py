@@ -77,6 +77,7 @@ def command(options: argparse.Namespace) -> list[str]:
         "data": work / "train.jsonl",
         "out": work / "runs",
         "problems": work / "problems.jsonl",
+        "engine": options.engine,
         "device": options.device,
         "held-out": 0.1,
         "global-batch": options.global_batch,
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1000)
     parser.add_argument("--global-batch", type=int, default=4)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    parser.add_argument("--engine", default="hf")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,7 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
 
     from autodeco.engines.megatron.compat import apply_cures
     from autodeco.engines.megatron.engine import form_groups
-    from autodeco.engines.megatron.model import rope_theta, transformer_config
+    from autodeco.engines.megatron.model import transformer_config
     from autodeco.layout import ParallelLayout
 
     cpu, layout = torch.device("cpu"), ParallelLayout()
@@ -159,7 +159,7 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
         max_sequence_length=1,
         share_embeddings_and_output_weights=preset.shape.tied_embeddings,
         position_embedding_type="rope",
-        rotary_base=rope_theta(config, str(path)),
+        rotary_base=config["rope_parameters"]["rope_theta"],
     ).eval()
     asked = model.sharded_state_dict(prefix="module.")
     state = dist_checkpointing.load(asked, options["weights"])

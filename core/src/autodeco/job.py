@@ -203,7 +203,13 @@ class Job:
     )
     global_batch: int = _option(32, "Samples a step.", section="train", result=True, low=1)
     micro_batch_tokens: int = _option(
-        16384, "Padded tokens that go through the backbone at once.", section="train", low=1
+        16384, "Tokens that go through the backbone at once.", section="train", low=1
+    )
+    packing: bool = _option(
+        True,
+        "Sequences are laid end to end where the engine can (megatron, cp=1), else padded.",
+        section="train",
+        flag="--packing/--no-packing",
     )
     epochs: int = _option(1, "Passes over the data.", section="train", result=True, low=1)
     max_steps: int | None = _option(

@@ -28,7 +28,7 @@ NEVER = "never run"
 
 _CPU = {"torch": "2.13.0", "transformers": "5.23.0"}
 _MEGATRON_CPU = {**_CPU, "megatron-core": "0.16.1"}
-_H200 = {"torch": "2.11.0", "transformers": "5.17.0"}
+_GPU = {"torch": "2.11.0", "transformers": "5.17.0"}
 _GLOO = "gloo, one machine"
 
 
@@ -69,7 +69,7 @@ def _on_cpu(layout: str, ranks: int) -> Combination:
 MATRIX: tuple[Combination, ...] = (
     Combination("hf", "tp=1", 1, "cpu", RUN, _CPU),
     Combination("hf", "tp=1", 2, "cpu", RUN, _CPU, "data parallel, gloo, one machine"),
-    Combination("hf", "tp=1", 1, "cuda", RUN, _H200, "one NVIDIA H200, torch for CUDA 13.0"),
+    Combination("hf", "tp=1", 1, "cuda", RUN, _GPU, "one NVIDIA H200, torch for CUDA 13.0"),
     _on_cpu("tp=1", 2),
     _on_cpu("tp=2", 4),
     _on_cpu("pp=2", 4),
@@ -90,7 +90,10 @@ MATRIX: tuple[Combination, ...] = (
     ),
     Combination("hf", "any", 0, "cuda", NEVER, {}, "NCCL with more than one GPU"),
     Combination("megatron", "any", 0, "cuda", NEVER, {}, "NCCL with more than one GPU"),
-    Combination("megatron", "tp=1", 1, "cuda", NEVER, {}, "a whole run on one GPU"),
+    Combination(
+        *("megatron", "tp=1", 1, "cuda", RUN, {**_GPU, "megatron-core": "0.16.1"}),
+        "one NVIDIA H100, torch for CUDA 13.0",
+    ),
     Combination("megatron", "any", 0, "cuda", NEVER, {}, "Transformer Engine"),
     Combination("megatron", "any", 0, "cuda", NEVER, {}, "Apex"),
     Combination("hf", "any", 0, "cpu", NEVER, {}, "more than one machine"),

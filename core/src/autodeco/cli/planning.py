@@ -39,7 +39,7 @@ _PARTS = {
 @click.option("--gpus", type=_COUNT, required=True, help="GPUs of the run, one rank each.")
 @click.option("--gpu-memory", type=float, required=True, help="GiB of one GPU.")
 @click.option("--reserve", type=float, default=4.0, show_default=True, help="GiB kept free on it.")
-@click.option("--micro-batch-tokens", type=_COUNT, help="Padded tokens at once; default: train's.")
+@click.option("--micro-batch-tokens", type=_COUNT, help="Tokens at once; default: train's.")
 @click.option("--max-length", type=_COUNT, help="Longest sample; default: the preset's.")
 @click.option(
     "--dtype",

@@ -81,6 +81,8 @@ class Engine(Protocol):
     counts: bool
     #: Whether it has whole samples; context-parallel ranks have parts of each.
     whole_samples: bool
+    #: Whether a microbatch costs its tokens, or as many as its padded rows have.
+    packs: bool
 
     def hidden_states(self, batches: Iterable[TokenBatch]) -> Iterator[HiddenBatch | None]:
         """Yields one `HiddenBatch` a batch, in order; None off the last pipeline stage."""

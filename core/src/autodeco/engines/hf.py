@@ -61,6 +61,7 @@ class HFEngine:
         self.data_rank = dist.get_rank() if dist.is_initialized() else 0
         self.data_world = dist.get_world_size() if dist.is_initialized() else 1
         self.counts = self.whole_samples = True
+        self.packs = False
 
     @torch.no_grad()
     def hidden_states(self, batches: Iterable[TokenBatch]) -> Iterator[HiddenBatch | None]:

@@ -32,6 +32,30 @@ def pad_batch(batch: TokenBatch | None, rows: int = 0, length: int = 0) -> tuple
     return ids.view(rows, length), flat
 
 
+def lay_end_to_end(batch: TokenBatch | None, length: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Lays sequences end to end in one row; padding is a last sequence of its own.
+
+    Args:
+        batch: On the CPU; None: nothing but padding.
+        length: Of the row, at least the batch's tokens.
+
+    Returns:
+        ids int64 [1, length], where each flat token went in them, int64 [n], and where the
+        sequences begin and the last one ends.
+    """
+    if batch is None:
+        return (
+            torch.zeros(1, length, dtype=torch.int64),
+            torch.empty(0, dtype=torch.int64),
+            (0, length),
+        )
+    count = len(batch.ids)
+    bounds = tuple(batch.cu_seqlens.tolist())
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    ids[0, :count] = batch.ids.cpu()
+    return ids, torch.arange(count), bounds if count == length else (*bounds, length)
+
+
 def check_finite(h: Tensor, sample_id: Tensor, position: Tensor) -> None:
     """Refuses hidden states [m, d] that are not finite.
 

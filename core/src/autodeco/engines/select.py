@@ -173,5 +173,5 @@ def build_engine(job: Job, weights: ImportedWeights, family: FamilySpec) -> Engi
         from autodeco.engines.megatron.engine import MegatronEngine
 
         architecture = family.architecture(preset.architecture)
-        return MegatronEngine(weights, architecture, layout, device, dtype)
+        return MegatronEngine(weights, architecture, layout, device, dtype, packing=job.packing)
     return HFEngine(weights.path, device, dtype, trust_remote_code=job.trust_remote_code)

@@ -252,7 +252,9 @@ def _wider(
     while rows.numel():
         width = next((w for w in WIDTHS if w > width and 4 * w < vocab), vocab)
         left = []
-        for part in in_parts(rows, min(look.rows, look.rows * vocab // (4 * width))):
+        # choosing `width` of the candidates (see `largest`) sorts them, with 16 words for each
+        candidates = min(16 * width, vocab)
+        for part in in_parts(rows, max(1, look.rows * vocab // (16 * candidates))):
             logits = look.logits(part)
             wide = order_of(logits, order.label[part], width, look.work.vocabulary)
             at = moments(logits, wide.peak, m.temperature[part], look.work)

@@ -31,6 +31,27 @@ def global_batch_at(
     return epoch, order[index * global_batch : (index + 1) * global_batch]
 
 
+def group_to_fill(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Groups sequences into microbatches of at most `max_tokens` tokens, laid end to end.
+
+    Each goes into the first microbatch that has room, the longest first; one that is longer than
+    `max_tokens` stands alone.
+
+    Returns:
+        Lists of indices into `lengths`.
+    """
+    groups: list[list[int]] = []
+    rooms: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        place = next((n for n, room in enumerate(rooms) if room >= lengths[index]), len(rooms))
+        if place == len(rooms):
+            groups.append([])
+            rooms.append(max_tokens)
+        groups[place].append(index)
+        rooms[place] -= lengths[index]
+    return groups
+
+
 def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Groups sequences into microbatches of at most `max_tokens` padded tokens.
 
@@ -51,14 +72,23 @@ def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def shard(
-    groups: Sequence[list[int]], lengths: Sequence[int], world_size: int, rank: int
+    groups: Sequence[list[int]],
+    lengths: Sequence[int],
+    world_size: int,
+    rank: int,
+    *,
+    packed: bool = False,
 ) -> list[list[int]]:
-    """Returns this rank's microbatches, the work (padded tokens) spread evenly."""
+    """Returns this rank's microbatches, the work (tokens, with their padding) spread evenly."""
+
+    def work(group: list[int]) -> int:
+        return sum(lengths[i] for i in group) if packed else len(group) * lengths[group[0]]
+
     load = [0] * world_size
     mine: list[list[int]] = []
-    for group in sorted(groups, key=lambda g: -len(g) * lengths[g[0]]):
+    for group in sorted(groups, key=work, reverse=True):
         to = load.index(min(load))
-        load[to] += len(group) * lengths[group[0]]
+        load[to] += work(group)
         if to == rank:
             mine.append(group)
     return mine
@@ -78,16 +108,28 @@ def pack(samples: Sequence[Sample]) -> TokenBatch:
 
 
 def microbatches(
-    samples: Sequence[Sample], max_tokens: int, *, world_size: int = 1, rank: int = 0
+    samples: Sequence[Sample],
+    max_tokens: int,
+    *,
+    world_size: int = 1,
+    rank: int = 0,
+    packed: bool = False,
 ) -> list[TokenBatch]:
     """Returns this rank's share of a global batch.
 
     Args:
         samples: The global batch, the same on every rank.
-        max_tokens: Padded tokens of one microbatch.
+        max_tokens: Tokens of one microbatch, with their padding.
         world_size: Data-parallel ranks.
         rank: This one.
+        packed: Sequences are laid end to end, without padding, and a microbatch holds no more than
+            a rank's share of the global batch, so that none is left without.
     """
     lengths = [len(sample.ids) for sample in samples]
-    groups = shard(group_by_length(lengths, max_tokens), lengths, world_size, rank)
+    if packed:
+        share = -(-sum(lengths) // world_size)
+        groups = group_to_fill(lengths, min(max_tokens, share))
+    else:
+        groups = group_by_length(lengths, max_tokens)
+    groups = shard(groups, lengths, world_size, rank, packed=packed)
     return [pack([samples[i] for i in group]) for group in groups]

@@ -233,6 +233,7 @@ class _Loop:
             self.job.micro_batch_tokens,
             world_size=self.engine.data_world,
             rank=self.engine.data_rank,
+            packed=self.engine.packs,
         )
         self.optimizer.zero_grad(set_to_none=False)
         sums = ObjectiveSums.zero()
@@ -305,6 +306,7 @@ class _Loop:
             self.job.micro_batch_tokens,
             world_size=self.engine.data_world,
             rank=self.engine.data_rank,
+            packed=self.engine.packs,
         )
         metrics = measure(self.engine, self.heads, mine, self.objective, seed=self.job.seed)
         self.last = metrics

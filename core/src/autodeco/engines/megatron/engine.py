@@ -12,16 +12,17 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
+from autodeco.engines.megatron.attention import Microbatch, announce
 from autodeco.engines.megatron.compat import apply_cures
 from autodeco.engines.megatron.context import positions_of
 from autodeco.engines.megatron.loading import Place, load_stage
 from autodeco.engines.megatron.model import (
     build_stage,
-    rope_theta,
     stack_experts,
     transformer_config,
 )
-from autodeco.engines.padding import check_finite, pad_batch
+from autodeco.engines.megatron.rotary import rotary_of
+from autodeco.engines.padding import check_finite, lay_end_to_end, pad_batch
 from autodeco.family import Architecture
 from autodeco.files import read_json
 from autodeco.hookspecs import ImportedWeights
@@ -42,6 +43,7 @@ class MegatronEngine:
         layout: How to spread it; see `ParallelLayout.data_ranks`.
         device: This process's.
         dtype: The backbone's dtype.
+        packing: Sequences are laid end to end instead of padded. Context-parallel ranks pad.
 
     Raises:
         WeightsError: The checkpoint does not fit.
@@ -57,6 +59,8 @@ class MegatronEngine:
         layout: ParallelLayout,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        packing: bool = True,
     ) -> None:
         self.path, self.device, self.dtype, self.layout = weights.path, device, dtype, layout
         shape = weights.shape
@@ -65,12 +69,12 @@ class MegatronEngine:
         form_groups(layout, device)
         where = weights.path / "config.json"
         config = read_json(where)
+        self._rotary = rotary_of(config, str(where))
         self.first = parallel_state.is_pipeline_first_stage()
         self.last = parallel_state.is_pipeline_last_stage()
         self._model = build_stage(
             transformer_config(shape, architecture, config, layout, dtype, device),
             shape,
-            rope_theta(config, str(where)),
             first=self.first,
             last=self.last,
         )
@@ -84,6 +88,7 @@ class MegatronEngine:
         self.data_world = int(parallel_state.get_data_parallel_world_size())
         self._context_rank = int(parallel_state.get_context_parallel_rank())
         self.whole_samples = layout.context == 1
+        self.packs = packing and layout.context == 1
         tensor = parallel_state.get_tensor_model_parallel_rank()
         self.counts = bool(self.last and tensor == 0)
 
@@ -102,8 +107,12 @@ class MegatronEngine:
             shape = self._agreed_shape(batch)
             if shape is None:
                 break
-            ids, flat = pad_batch(batch, *shape)
+            if self.packs:
+                ids, flat, bounds = lay_end_to_end(batch, shape[1])
+            else:
+                ids, flat, bounds = *pad_batch(batch, *shape), ()
             mine = positions_of(self._context_rank, self.layout.context, ids.shape[1])
+            self._announce(mine, bounds)
             states = self._forward(ids[:, mine])
             if batch is None:
                 continue
@@ -115,7 +124,7 @@ class MegatronEngine:
         mine = [0, 0]
         if batch is not None:
             lengths = batch.cu_seqlens.diff()
-            mine = [len(lengths), int(lengths.max())]
+            mine = [1, len(batch.ids)] if self.packs else [len(lengths), int(lengths.max())]
         if self._together is not None:
             box = torch.tensor(mine, device=self.device)
             dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._together)
@@ -124,6 +133,16 @@ class MegatronEngine:
             return None
         step = 2 * self.layout.context if self.layout.context > 1 else 1
         return mine[0], -(-mine[1] // step) * step
+
+    def _announce(self, mine: Tensor, bounds: tuple[int, ...]) -> None:
+        """Tells the attention layers what the microbatch is made of."""
+        positions, cu_seqlens = mine, None
+        if bounds:
+            starts = torch.tensor(bounds, dtype=torch.int32)
+            positions = mine - torch.repeat_interleave(starts[:-1], starts.diff())
+            cu_seqlens = starts.to(self.device)
+        tables = self._rotary.tables(positions, self.dtype, self.device)
+        announce(self._model, Microbatch(*tables, bounds, cu_seqlens))
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Runs the stage on ids [b, s], of this context rank; returns [b, s, d] on the last one."""

@@ -160,6 +160,7 @@ def as_if_on_a_gpu() -> Iterator[None]:
             (torch.cuda, "current_device", lambda: META),
             (torch.nn.functional, "scaled_dot_product_attention", attend),
             (attention, "causal_lower_right", lambda queries, keys: None),
+            (attention, "has_kernel", lambda query: query.dtype != torch.float32),
             (closed_form, "has_kernel", lambda device, dtype: dtype != torch.float64),
             (kernels, "sums_over_vocabulary", sums),
             (experts, "_has_grouped_product", lambda weight: weight.dtype == torch.bfloat16),

@@ -9,13 +9,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
 from autodeco.engines.megatron.attention import SdpaCoreAttention
 from autodeco.engines.megatron.experts import GroupedExperts
-from autodeco.errors import WeightsError
 from autodeco.family import Architecture, ModelShape
 from autodeco.layout import ParallelLayout
 
@@ -25,6 +25,30 @@ def stack_experts(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GroupedExperts):
             module.stack()
+
+
+class GatedMLP(MLP):  # type: ignore[misc]  # megatron-core is untyped
+    """megatron-core's MLP, whose gate is applied in place: no gradient will ask for what was there.
+
+    It takes a third of the memory beyond the weights; what is not plain SwiGLU without a bias goes
+    megatron-core's way.
+    """
+
+    def forward(self, hidden: Tensor, per_token_scale: Any = None, **given: Any) -> Any:
+        """Returns [s, b, d] of hidden states [s, b, d], and the bias that was not added."""
+        config = self.config
+        plain = (
+            config.gated_linear_unit
+            and config.activation_func is torch.nn.functional.silu
+            and config.activation_func_clamp_value is None
+            and not config.glu_linear_offset
+            and not config.add_bias_linear
+            and per_token_scale is None
+        )
+        if not plain:
+            return super().forward(hidden, per_token_scale, **given)
+        gate, up = self.linear_fc1(hidden)[0].chunk(2, dim=-1)
+        return self.linear_fc2(torch.nn.functional.silu(gate, inplace=True).mul_(up))
 
 
 class KeepHidden(nn.Module):
@@ -121,31 +145,12 @@ def transformer_config(
     return TransformerConfig(**{**values, **architecture.megatron})
 
 
-def rope_theta(config: Mapping[str, Any], where: str) -> float:
-    """Returns the base of the rotary embedding.
-
-    Raises:
-        WeightsError: The checkpoint scales its positions, which is not done here.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    if kind != "default" or theta is None:
-        raise WeightsError(
-            f"rotary embedding of type {kind!r} is not done by the megatron engine",
-            where=where,
-            fix="use --engine hf",
-        )
-    return float(theta)
-
-
-def build_stage(config: Any, shape: ModelShape, theta: float, *, first: bool, last: bool) -> Any:
+def build_stage(config: Any, shape: ModelShape, *, first: bool, last: bool) -> Any:
     """Builds one stage on the current device, its parameters unset.
 
     Args:
         config: Of `transformer_config`.
         shape: The model's sizes.
-        theta: Base of the rotary embedding.
         first: The stage holds the embedding.
         last: The stage holds the final norm and the output layer.
     """
@@ -163,10 +168,11 @@ def build_stage(config: Any, shape: ModelShape, theta: float, *, first: bool, la
         post_process=last,
         parallel_output=True,
         share_embeddings_and_output_weights=False,  # each stage loads its own copy
-        position_embedding_type="rope",
-        rotary_percent=1.0,
-        rotary_base=theta,
+        position_embedding_type="none",  # the core attention rotates
     )
+    for module in model.modules():
+        if type(module) is MLP:  # a layer knows MLP by its name, and what to give it
+            module.__class__ = GatedMLP
     if last:
         tied = first and shape.tied_embeddings
         weight = model.embedding.word_embeddings.weight if tied else model.output_layer.weight

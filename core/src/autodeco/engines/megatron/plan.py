@@ -57,7 +57,7 @@ class Request:
         gpus: GPUs of the run, one rank each.
         gpu_memory: Bytes of one GPU.
         reserve: Bytes of it that are kept free for `NOT_MODELLED`.
-        micro_batch_tokens: Padded tokens of a microbatch.
+        micro_batch_tokens: Tokens of a microbatch.
         max_length: Longest sequence; one that is longer than `micro_batch_tokens` stands alone.
         dtype: Of the backbone.
         objective: A name of `OBJECTIVES`.

@@ -1,0 +1,91 @@
+"""Rotary positions, applied inside the core attention: any positions, in any order, one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodeco.errors import WeightsError
+
+#: Kinds whose frequencies do not depend on the length of the sequence.
+KINDS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The angles of a model's rotary embedding.
+
+    Attributes:
+        frequencies: float32 [width / 2], radians a position.
+        scale: What cosines and sines are multiplied by (yarn's attention factor).
+    """
+
+    frequencies: Tensor
+    scale: float
+
+    def tables(self, positions: Tensor, dtype: torch.dtype, device: torch.device) -> Any:
+        """Returns cosines and sines of positions int64 [s], each [s, 1, 1, width / 2]."""
+        angles = positions.to(torch.float32).outer(self.frequencies)[:, None, None]
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
+        return cos.to(device, dtype), sin.to(device, dtype)
+
+
+def rotary_of(config: Mapping[str, Any], where: str) -> Rotary:
+    """Reads a checkpoint's rotary embedding; scaled frequencies are those of transformers.
+
+    Args:
+        config: Its ``config.json``.
+        where: For messages.
+
+    Raises:
+        WeightsError: Its kind is not one of `KINDS`.
+    """
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if kind not in KINDS or theta is None:
+        raise WeightsError(
+            f"rotary embedding of type {kind!r} is not done by the megatron engine "
+            f"(it does {', '.join(KINDS)})",
+            where=where,
+            fix="use --engine hf",
+        )
+    if kind != "default":
+        return _scaled(config, kind)
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    exponent = torch.arange(0, int(width * share), 2, device="cpu", dtype=torch.float32)
+    return Rotary(1.0 / float(theta) ** (exponent / int(width * share)), 1.0)
+
+
+def _scaled(config: Mapping[str, Any], kind: str) -> Rotary:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    values = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
+    full = AutoConfig.for_model(config["model_type"], **values)
+    with torch.device("cpu"):  # a plan's default device is the meta device
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](full, torch.device("cpu"))
+    return Rotary(frequencies.float(), float(scale))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (i, i + width / 2) of each head; what lies behind them stays.
+
+    Args:
+        x: [s, b, heads, at least width].
+        cos, sin: [s, 1, 1, width / 2].
+    """
+    half = cos.shape[-1]
+    out = torch.empty_like(x)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    # four passes; the usual x * cos + rotate_half(x) * sin takes about twice as many
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin)
+    if x.shape[-1] > 2 * half:
+        out[..., 2 * half :] = x[..., 2 * half :]
+    return out
