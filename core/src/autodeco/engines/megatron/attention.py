@@ -23,7 +23,7 @@ from autodeco.engines.megatron.rotary import rotate
 
 _BLOCK = 256  # queries whose scores are held at once, where torch has no kernel
 _LONG = 1024  # tokens of a sequence, on average, from which sdpa's own kernel is the faster
-_GQA = (
+_GQA: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
 )
 
@@ -131,9 +131,9 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core 
         if self.group is not None:
             out = self._attend_in_context(query, *self._whole(key, value))
         elif now.cu_seqlens is not None and self._packed_is_faster(query, now.bounds):
-            parts = [t[:, 0] for t in (query, key, value)]
             longest = max(b - a for a, b in pairwise(now.bounds))
-            out = self._attend_packed(*parts, now.cu_seqlens, longest)[:, None]
+            flat = (query[:, 0], key[:, 0], value[:, 0])
+            out = self._attend_packed(*flat, now.cu_seqlens, longest)[:, None]
         elif now.bounds:
             parts = [
                 self._attend(query[a:b], key[a:b], value[a:b]) for a, b in pairwise(now.bounds)
@@ -196,7 +196,7 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core 
                 sink = self.softmax_offset.float()[:, None, None].expand(*scores.shape[:3], 1)
                 scores = torch.cat((scores, sink), dim=-1)
             share = scores.softmax(-1)[..., : stop - first].to(value.dtype)
-            share = share.unflatten(1, (value.shape[2], -1))
+            share = torch.unflatten(share, 1, (value.shape[2], -1))
             rows.append(torch.einsum("bgrqk,kbgw->qbgrw", share, value[first:stop]).flatten(2, 3))
         return torch.cat(rows)
 
@@ -237,7 +237,7 @@ def has_kernel(query: Tensor) -> bool:
 
 def _scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """float32 [b, groups, queries of a group, q, k] of [q, b, heads, w] and [k, b, groups, w]."""
-    grouped = query.unflatten(2, (key.shape[2], -1))
+    grouped = torch.unflatten(query, 2, (key.shape[2], -1))
     scale = scale if scale is not None else query.shape[-1] ** -0.5
     scores: Tensor = torch.einsum("qbgrw,kbgw->bgrqk", grouped, key)
     return scores.float() * scale

@@ -141,8 +141,8 @@ class MegatronEngine:
             starts = torch.tensor(bounds, dtype=torch.int32)
             positions = mine - torch.repeat_interleave(starts[:-1], starts.diff())
             cu_seqlens = starts.to(self.device)
-        tables = self._rotary.tables(positions, self.dtype, self.device)
-        announce(self._model, Microbatch(*tables, bounds, cu_seqlens))
+        cos, sin = self._rotary.tables(positions, self.dtype, self.device)
+        announce(self._model, Microbatch(cos, sin, bounds, cu_seqlens))
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Runs the stage on ids [b, s], of this context rank; returns [b, s, d] on the last one."""

@@ -27,7 +27,9 @@ class Rotary:
     frequencies: Tensor
     scale: float
 
-    def tables(self, positions: Tensor, dtype: torch.dtype, device: torch.device) -> Any:
+    def tables(
+        self, positions: Tensor, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of positions int64 [s], each [s, 1, 1, width / 2]."""
         angles = positions.to(torch.float32).outer(self.frequencies)[:, None, None]
         cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
