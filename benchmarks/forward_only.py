@@ -177,19 +177,21 @@ def differentiable(model: Any) -> Callable[[], None]:
     from autodeco.engines.megatron import attention
     from autodeco.engines.megatron.model import GatedMLP
 
+    layers: Any = attention
+
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         first, second = x.chunk(2, -1)
         turned = torch.cat((-second, first), -1)
         return x * torch.cat((cos, cos), -1) + turned * torch.cat((sin, sin), -1)
 
-    ours = attention.rotate
+    ours = layers.rotate
     gated = [module for module in model.modules() if isinstance(module, GatedMLP)]
-    attention.rotate = rotate
+    layers.rotate = rotate
     for module in gated:
         module.__class__ = MLP
 
     def undo() -> None:
-        attention.rotate = ours
+        layers.rotate = ours
         for module in gated:
             module.__class__ = GatedMLP
 

@@ -101,13 +101,15 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core 
                 raise ValueError(f"SdpaCoreAttention does not do {name}={getattr(config, name)}")
         self.microbatch = Microbatch()
 
-    def sharded_state_dict(self, prefix: str = "", offsets: Any = (), *_: Any) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
         """Says where megatron-core's checkpoints have the sinks: split over tensor ranks."""
         if self.softmax_offset is None:
             return {}
         state = {"softmax_offset": self.softmax_offset}
         entries: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            state, prefix, {"softmax_offset": 0}, offsets
+            state, prefix, {"softmax_offset": 0}, sharded_offsets
         )
         return entries
 

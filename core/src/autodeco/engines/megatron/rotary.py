@@ -11,8 +11,8 @@ from torch import Tensor
 
 from autodeco.errors import WeightsError
 
-#: Kinds whose frequencies do not depend on the length of the sequence.
-KINDS = ("default", "linear", "llama3", "yarn")
+#: Kinds of transformers' whose frequencies depend on the length of the sequence.
+REFUSED = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,16 @@ def rotary_of(config: Mapping[str, Any], where: str) -> Rotary:
         where: For messages.
 
     Raises:
-        WeightsError: Its kind is not one of `KINDS`.
+        WeightsError: Its kind is one of `REFUSED`, or not one of transformers'.
     """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta"))
-    if kind not in KINDS or theta is None:
+    if theta is None or kind in REFUSED or kind not in ("default", *ROPE_INIT_FUNCTIONS):
         raise WeightsError(
-            f"rotary embedding of type {kind!r} is not done by the megatron engine "
-            f"(it does {', '.join(KINDS)})",
+            f"rotary embedding of type {kind!r} is not done by the megatron engine",
             where=where,
             fix="use --engine hf",
         )
