@@ -15,10 +15,10 @@ from autodeco import __version__
 from autodeco.cli import main
 from autodeco.errors import DataError, RunError, WeightsError
 from autodeco.job import Job
+from autodeco.lock import run_lock
 from autodeco.pipeline import RunSummary, run_job
 from autodeco.registry import Registry
 from autodeco.settings import resolve
-from autodeco.training.lock import run_lock
 
 STAGES = ("import", "build", "attach", "train", "export", "merge")
 

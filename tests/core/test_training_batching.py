@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autodeco.engines.padding import lay_end_to_end
 from autodeco.training.batching import (
     epoch_order,
     global_batch_at,
     group_by_length,
+    group_to_fill,
     microbatches,
     pack,
     shard,
@@ -100,6 +102,49 @@ def test_groups_partition_and_respect_the_limit(lengths: list[int], limit: int) 
 def test_no_two_neighbouring_groups_could_be_one(lengths: list[int], limit: int) -> None:
     for first, second in itertools.pairwise(group_by_length(lengths, limit)):
         assert (len(first) + 1) * max(lengths[i] for i in first) > limit, (first, second)
+
+
+@quick
+@given(LENGTHS, LIMIT)
+def test_packed_groups_partition_respect_the_limit_and_leave_no_room(
+    lengths: list[int], limit: int
+) -> None:
+    groups = group_to_fill(lengths, limit)
+    assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+    sizes = [sum(lengths[i] for i in group) for group in groups]
+    assert all(size <= limit or len(group) == 1 for size, group in zip(sizes, groups, strict=True))
+    for number, later in enumerate(groups):  # what opened a group fitted into none before it
+        assert all(size + lengths[later[0]] > limit for size in sizes[:number])
+
+
+@quick
+@given(LENGTHS, LIMIT, WORLD)
+def test_packed_microbatches_partition_the_global_batch(
+    lengths: list[int], limit: int, world: int
+) -> None:
+    samples = samples_of(lengths)
+    ranks = [
+        microbatches(samples, limit, world_size=world, rank=rank, packed=True)
+        for rank in range(world)
+    ]
+    found = [int(token) for batch in itertools.chain(*ranks) for token in batch.ids]
+    assert sorted(found) == sorted(int(t) for sample in samples for t in sample.ids)
+    loads = [sum(len(batch.ids) for batch in batches) for batches in ranks]
+    largest = max(len(batch.ids) for batch in itertools.chain(*ranks))
+    assert max(loads) - min(loads) <= largest
+    for batch in itertools.chain(*ranks):
+        assert len(batch.ids) <= limit or len(batch.cu_seqlens) == 2
+
+
+@pytest.mark.parametrize("room", [0, 3])
+def test_sequences_end_to_end_and_their_padding_a_sequence_of_its_own(room: int) -> None:
+    batch = pack(samples_of([3, 2]))
+    ids, flat, bounds = lay_end_to_end(batch, 5 + room)
+    assert ids.tolist() == [[0, 1, 2, 1000, 1001] + [0] * room]
+    assert flat.tolist() == [0, 1, 2, 3, 4]
+    assert bounds == ((0, 3, 5) if not room else (0, 3, 5, 8))
+    ids, flat, bounds = lay_end_to_end(None, 4)
+    assert (ids.tolist(), flat.tolist(), bounds) == ([[0] * 4], [], (0, 4))
 
 
 def test_a_sample_that_is_longer_than_the_limit_goes_alone() -> None:

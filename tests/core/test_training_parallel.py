@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -20,8 +21,8 @@ from torch import Tensor
 from training_tools import outcome, tiny_heads
 
 from autodeco.errors import EnvironmentProblem, RunError
+from autodeco.lock import LOCK_FILE, file_lock, run_lock
 from autodeco.training.checkpoint import list_checkpoints, step_of
-from autodeco.training.lock import LOCK_FILE, run_lock
 from autodeco.training.logging import METRICS, read_metrics
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
@@ -146,7 +147,7 @@ def test_a_whole_run_under_torchrun_prepares_its_inputs_once(tmp_path: Path) -> 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from autodeco.training.lock import run_lock
+from autodeco.lock import run_lock
 lock = run_lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
@@ -245,3 +246,23 @@ def test_a_lock_that_cannot_be_written_says_what_to_do(
     assert str(tmp_path / LOCK_FILE) in str(problem.value)
     monkeypatch.undo()
     run_lock(tmp_path).release()
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who opened the file before it was removed holds a lock that nobody else would meet."""
+    path, plain = tmp_path / "import.lock", fcntl.flock
+    held = file_lock(path, "the import", tmp_path, "wait")
+
+    def ends_first(stream: Any, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", plain)
+        held.remove()
+        plain(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", ends_first)
+    lock = file_lock(path, "the import", tmp_path, "wait")
+    with pytest.raises(RunError, match="in use"):
+        file_lock(path, "the import", tmp_path, "wait")
+    lock.remove()
+    assert not list(tmp_path.iterdir())

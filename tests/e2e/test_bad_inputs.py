@@ -17,7 +17,7 @@ from bad_inputs import Case, World
 
 from autodeco import errors
 from autodeco.cli import main
-from autodeco.training.lock import run_lock
+from autodeco.lock import run_lock
 
 SOURCES = Path(errors.__file__).parent
 

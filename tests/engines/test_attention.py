@@ -118,6 +118,35 @@ def test_rotated_queries_are_those_of_transformers(kind: str, tmp_path: Path) ->
     assert (ours.permute(1, 2, 0, 3) - theirs).abs().max() < 1e-5
 
 
+def test_a_scaled_embedding_in_the_older_form_of_a_config_is_the_same() -> None:
+    config = {"model_type": "llama", "hidden_size": 128, "num_attention_heads": 4, "head_dim": 32}
+    config |= {"max_position_embeddings": 2048}
+    now = {**config, "rope_parameters": ROPES["llama3"]}
+    scaling = {k: v for k, v in ROPES["llama3"].items() if k != "rope_theta"}
+    older = {**config, "rope_theta": 5e5, "rope_scaling": scaling}
+    plain = {**config, "rope_theta": 5e5}
+    new, old = rotary_of(now, "here"), rotary_of(older, "here")
+    assert torch.equal(new.frequencies, old.frequencies) and new.scale == old.scale
+    assert not torch.equal(new.frequencies, rotary_of(plain, "here").frequencies)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"hidden_size": 8, "num_attention_heads": 2}, "no rope_theta"),
+        (
+            {"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+            "llama3",
+        ),
+        ({"rope_parameters": {**ROPES["yarn"]}}, "model_type"),
+    ],
+)
+def test_a_config_without_what_its_embedding_needs_is_refused(config: object, said: str) -> None:
+    assert isinstance(config, dict)
+    with pytest.raises(WeightsError, match=said):
+        rotary_of(config, "here")
+
+
 def test_an_unknown_rotary_embedding_is_refused_by_its_name() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(WeightsError, match="'dynamic' is not done by the megatron engine"):

@@ -32,6 +32,7 @@ from autodeco.convert.stored_reader import StoredReader
 from autodeco.engines.select import choose_engine
 from autodeco.errors import EnvironmentProblem, UsageError, WeightsError
 from autodeco.job import Job
+from autodeco.lock import file_lock
 from autodeco_plugin_qwen3.family import FAMILY
 
 WORKER = Path(__file__).with_name("import_worker.py")
@@ -163,6 +164,22 @@ def test_a_killed_import_goes_on_where_it_stopped(root: Path) -> None:
     same = [after[n].st_mtime_ns == stamps[n].st_mtime_ns for n in done]
     assert same == [False] + [True] * (len(done) - 1)
     assert not building.exists() and not list(output.rglob(".*.partial"))
+
+
+def test_bug_two_imports_into_one_directory_were_not_kept_apart(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "imported"
+    command = [sys.executable, "-m", "autodeco", "import", "--plugin", "qwen3", "--preset", "debug"]
+    command += ["--model", str(root / "debug"), "--format", "torch_dist", "--output", str(output)]
+    held = file_lock(tmp_path / ".imported.lock", "the import", output, "wait")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode != 0 and not output.exists()
+    assert f"the import is in use by process {os.getpid()}" in done.stderr
+    assert "wait for it" in done.stderr and "Traceback" not in done.stderr
+    held.release()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    verify(output, read_manifest(output))
+    assert [path.name for path in tmp_path.iterdir()] == ["imported"]
 
 
 def test_the_work_of_another_source_is_not_continued(root: Path, tmp_path: Path) -> None:

@@ -110,3 +110,24 @@ def test_every_layout_gives_the_logits_and_the_heads_of_the_hf_engine(
     root: tuple[Path, dict[str, list[float]]], world: int, cases: Any
 ) -> None:
     check(launch(root[0], world, cases, f"world-{world}"), root[1])
+
+
+@pytest.mark.parametrize("preset", ["debug", "debug-moe"])
+def test_packed_and_padded_batches_give_the_same_losses(
+    root: tuple[Path, dict[str, list[float]]], tmp_path: Path, preset: str
+) -> None:
+    """Packing is the default, and that of all cases above; here it is off."""
+    code = (
+        "import sys, json, warnings; warnings.simplefilter('ignore'); import torch; "
+        "torch.set_num_threads(1); from pathlib import Path; "
+        f"sys.path.insert(0, {str(WORKER.parent)!r}); import megatron_worker as w; "
+        "model, preset, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]); "
+        "job = w.job_of(model, preset, 'tp=1', packing=False); "
+        "engine = w.build_engine(job, w.open_source(w.FAMILY, job), w.FAMILY); "
+        "assert not engine.packs; w.trained(job, engine, out); print(json.dumps(w.losses(out)))"
+    )
+    command = [sys.executable, "-c", code, str(root[0] / preset), preset, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    padded = json.loads(done.stdout.splitlines()[-1])
+    assert len(padded) == STEPS
+    assert padded == pytest.approx(root[1][preset], rel=0, abs=1e-5)

@@ -19,6 +19,7 @@ from autodeco.files import remove
 from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
 from autodeco.inputs import Inputs, prepare_inputs
 from autodeco.job import Job
+from autodeco.lock import run_lock
 from autodeco.processes import rank, world_size
 from autodeco.registry import Registry, Resolution
 from autodeco.run_directory import STAGE_OPTIONS, STAGES, RunDirectory, open_run, record_job
@@ -106,8 +107,6 @@ class _Run:
 
     def execute(self) -> RunSummary:
         """Opens the run directory under its lock and goes through the stages."""
-        from autodeco.training.lock import run_lock
-
         cluster, first = self.cluster, rank() == 0
         digests = cluster.together(lambda: Inputs.digests(self.job, self.resolution))
         cluster.same_inputs(digests)

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from autodeco.errors import RunError, UsageError
+from autodeco.errors import EnvironmentProblem, RunError, UsageError
 from autodeco.files import (
     PARTIAL_SUFFIX,
     atomic_write_json,
@@ -26,6 +26,7 @@ from autodeco.files import (
     remove_partial,
 )
 from autodeco.job import Job
+from autodeco.lock import LOCK_FILE, run_lock
 
 JOB_FILE = "job.json"
 STAGES = ("import", "build", "attach", "train", "export", "merge", "evaluate")
@@ -43,7 +44,6 @@ STAGE_OPTIONS: Mapping[str, tuple[str, ...]] = {
         "max_new_tokens",
     ),
 }
-LOCK_FILE = "lock"
 _STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
 _HASH = "job_hash"
 _INPUTS = "inputs"
@@ -216,13 +216,12 @@ def _new_directory(base: Path) -> Path:
 
 def _clear_never_begun(base: Path) -> list[str]:
     """Removes directories of runs that were killed before ``job.json``; returns remarks."""
-    from autodeco.training.lock import run_lock
-
     remarks = []
     for path in sorted(p.parent for p in base.glob(f"*/{LOCK_FILE}")):
         if (path / JOB_FILE).exists() or not _is_bare_run(path):
             continue
-        with contextlib.suppress(RunError):  # it is beginning just now
+        # it is beginning just now, or another process has just cleared it
+        with contextlib.suppress(RunError, EnvironmentProblem):
             lock = run_lock(path)
             remove(path)
             lock.release()

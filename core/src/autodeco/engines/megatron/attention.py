@@ -28,7 +28,7 @@ _GQA: dict[str, Any] = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Microbatch:
     """What all attention layers of a stage have to know of the microbatch in hand.
 

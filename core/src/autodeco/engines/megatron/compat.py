@@ -6,14 +6,11 @@ it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from autodeco.engines.megatron.context import positions_of
 
 
 @dataclass(frozen=True)
@@ -62,23 +59,6 @@ def _no_product_of_transformer_engine() -> None:
     moe_utils.te_general_gemm = None
 
 
-def _rotary_positions_go_through_cuda() -> bool:
-    from megatron.core.models.common.embeddings import rope_utils
-
-    return ".cuda(" in inspect.getsource(rope_utils.get_pos_emb_on_this_cp_rank)
-
-
-def _choose_rotary_positions_on_the_cpu() -> None:
-    from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
-
-    def chosen(pos_emb: Any, seq_dim: int, cp_group: Any) -> Any:
-        positions = positions_of(cp_group.rank(), cp_group.size(), pos_emb.shape[seq_dim])
-        return pos_emb.index_select(seq_dim, positions)
-
-    for module in (rope_utils, rotary_pos_embedding):
-        module.get_pos_emb_on_this_cp_rank = chosen
-
-
 CURES = (
     Cure("the current device is asked of CUDA", _asks_cuda_for_the_device, _answer_with_the_cpu),
     Cure(
@@ -86,11 +66,6 @@ CURES = (
         _router_misses_its_product,
         _no_product_of_transformer_engine,
         with_cuda=True,
-    ),
-    Cure(
-        "a context rank's rotary positions are chosen on a GPU",
-        _rotary_positions_go_through_cuda,
-        _choose_rotary_positions_on_the_cpu,
     ),
 )
 

@@ -1,7 +1,7 @@
 """Sequences split over context-parallel ranks, so that each has the same share of causal work.
 
 A sequence is cut into twice as many chunks as there are ranks, and rank r holds chunks r and
-2 * ranks - 1 - r: a short reach back and a long one. megatron-core's rotary embedding expects this.
+2 * ranks - 1 - r: a short reach back and a long one.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ from autodeco.files import (
 )
 from autodeco.hookspecs import ImportedWeights
 from autodeco.layout import ParallelLayout
+from autodeco.lock import FileLock, file_lock
 from autodeco.processes import rank, world_size
 
 PART_BYTES = 512 << 20
@@ -70,15 +71,22 @@ def import_checkpoint(
     Raises:
         WeightsError: `directory` is of another checkpoint or damaged, or weight map and model do
             not agree.
+        RunError: Another process is importing into it.
         EnvironmentProblem: It cannot be written, or a rank does not see it.
     """
     if (there := _there(weights, directory)) is not None:
         return there
     apply_cures()
     ranks = _Ranks()
+    lock: FileLock | None = None
     try:
+        lock = ranks.agree(lambda: _lock(directory) if rank() == 0 else None)
+        if (there := ranks.agree(lambda: _there(weights, directory))) is not None:
+            return there  # another process made it while this one came for the lock
         return _Import(weights, architecture, directory, ranks, part_bytes).run()
     finally:
+        if lock is not None:
+            lock.remove()
         ranks.leave()
 
 
@@ -109,6 +117,13 @@ def _there(weights: ImportedWeights, directory: Path) -> Manifest | None:
             fix="choose another directory, or remove it first",
         )
     return manifest
+
+
+def _lock(directory: Path) -> FileLock:
+    """Keeps two imports into one directory apart."""
+    make_directory(directory.parent)
+    path = directory.with_name(f".{directory.name}.lock")
+    return file_lock(path, "the import", directory, "wait for it, or choose another directory")
 
 
 class _Ranks:

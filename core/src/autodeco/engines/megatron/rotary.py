@@ -44,35 +44,49 @@ def rotary_of(config: Mapping[str, Any], where: str) -> Rotary:
         where: For messages.
 
     Raises:
-        WeightsError: Its kind is one of `REFUSED`, or not one of transformers'.
+        WeightsError: A value is missing or wrong, or its kind is one of `REFUSED` or unknown to
+            transformers.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta"))
-    if theta is None or kind in REFUSED or kind not in ("default", *ROPE_INIT_FUNCTIONS):
+    if theta is None:
+        raise WeightsError(
+            "the config gives no rope_theta",
+            where=where,
+            fix="take config.json from where the weights are from",
+        )
+    if kind in REFUSED or kind not in ("default", *ROPE_INIT_FUNCTIONS):
         raise WeightsError(
             f"rotary embedding of type {kind!r} is not done by the megatron engine",
             where=where,
             fix="use --engine hf",
         )
     if kind != "default":
-        return _scaled(config, kind)
+        return _scaled(config, kind, where)
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     exponent = torch.arange(0, int(width * share), 2, device="cpu", dtype=torch.float32)
     return Rotary(1.0 / float(theta) ** (exponent / int(width * share)), 1.0)
 
 
-def _scaled(config: Mapping[str, Any], kind: str) -> Rotary:
+def _scaled(config: Mapping[str, Any], kind: str, where: str) -> Rotary:
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     values = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
-    full = AutoConfig.for_model(config["model_type"], **values)
-    with torch.device("cpu"):  # a plan's default device is the meta device
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](full, torch.device("cpu"))
+    try:
+        full = AutoConfig.for_model(config["model_type"], **values)
+        with torch.device("cpu"):  # a plan's default device is the meta device
+            frequencies, scale = ROPE_INIT_FUNCTIONS[kind](full, torch.device("cpu"))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise WeightsError(
+            f"the values of the {kind} rotary embedding do not do: {error!r}",
+            where=where,
+            fix="take config.json from where the weights are from",
+        ) from error
     return Rotary(frequencies.float(), float(scale))
 
 

@@ -1,4 +1,4 @@
-"""A lock on a run directory; the system frees it when its holder ends, however it ends."""
+"""Locks between processes; the system frees them when their holder ends, however it ends."""
 
 from __future__ import annotations
 
@@ -19,32 +19,50 @@ LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True)
-class RunLock:
+class FileLock:
     """A held lock.
 
     Attributes:
         stream: The open file; closing it frees the lock.
+        path: Its name.
     """
 
     stream: TextIO
+    path: Path
 
     def release(self) -> None:
         """Frees the lock."""
         self.stream.close()
 
+    def remove(self) -> None:
+        """Removes the file and frees the lock."""
+        self.path.unlink(missing_ok=True)
+        self.stream.close()
 
-def run_lock(directory: Path) -> RunLock:
-    """Takes the lock of a run directory.
+
+def run_lock(directory: Path) -> FileLock:
+    """Takes the lock of a run directory; raises as `file_lock` does."""
+    fix = "wait for it, stop it, or begin another run with --resume new"
+    return file_lock(directory / LOCK_FILE, "the run", directory, fix)
+
+
+def file_lock(path: Path, what: str, where: Path, fix: str) -> FileLock:
+    """Takes a lock, or says who has it.
+
+    Args:
+        path: The file of the lock, with the last holder's name in it.
+        what: What the lock is on, for messages.
+        where: Where that is.
+        fix: What who does not get it should do.
 
     Raises:
         RunError: Another process has it; the message names it.
         EnvironmentProblem: The lock file cannot be opened or written.
     """
-    path = directory / LOCK_FILE
     try:
         stream = path.open("a+")
     except OSError as error:
-        raise write_problem(error, path, "lock the run") from error
+        raise write_problem(error, path, f"lock {what}") from error
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -52,17 +70,20 @@ def run_lock(directory: Path) -> RunLock:
         holder = _describe(stream.read())
         stream.close()
         raise RunError(
-            f"the run is in use by {holder}",
-            where=str(directory),
-            fix="wait for it, stop it, or begin another run with --resume new",
+            f"{what} is in use by {holder}",
+            where=str(where),
+            fix=fix,
         ) from error
     except OSError as error:
         stream.close()
         raise EnvironmentProblem(
-            f"the filesystem cannot lock the run: {error.strerror}",
+            f"the filesystem cannot lock {what}: {error.strerror}",
             where=str(path),
             fix="choose a directory on a filesystem with file locks, with --out",
         ) from error
+    if not path.exists() or not os.path.samestat(os.fstat(stream.fileno()), path.stat()):
+        stream.close()  # the holder removed it just now; the next one has another file
+        return file_lock(path, what, where, fix)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
     try:
@@ -73,7 +94,7 @@ def run_lock(directory: Path) -> RunLock:
         with contextlib.suppress(OSError):  # closing tries to write once more
             stream.close()
         raise write_problem(error, path) from error
-    return RunLock(stream)
+    return FileLock(stream, path)
 
 
 def _describe(content: str) -> str:
