@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := -e 'core[megatron]' -e plugins/qwen3
+PLUGINS := $(sort $(wildcard plugins/*))
+PACKAGES := -e 'core[megatron]' $(addprefix -e ,$(PLUGINS))
 TOOLS := pytest pytest-timeout pytest-xdist hypothesis scipy ruff mypy import-linter build hatchling types-PyYAML
 
 .PHONY: setup demo test test-all lint dist clean
 
 setup: $(STAMP)
 
-$(STAMP): constraints.txt core/pyproject.toml plugins/qwen3/pyproject.toml
+$(STAMP): constraints.txt core/pyproject.toml $(addsuffix /pyproject.toml,$(PLUGINS))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt $(TOOLS)
@@ -36,7 +37,7 @@ lint: setup
 dist: setup
 	rm -rf dist
 	$(BIN)/python -m build -q --outdir dist core
-	$(BIN)/python -m build -q --outdir dist plugins/qwen3
+	for plugin in $(PLUGINS); do $(BIN)/python -m build -q --outdir dist $$plugin || exit; done
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache

@@ -50,11 +50,8 @@ def megatron_stage(
     from megatron.core import parallel_state
 
     from autodeco.engines.megatron.compat import apply_cures
-    from autodeco.engines.megatron.model import (
-        build_stage,
-        stack_experts,
-        transformer_config,
-    )
+    from autodeco.engines.megatron.model import build_stage, stack_experts
+    from autodeco.engines.megatron.settings import transformer_config
 
     apply_cures()
     if not dist.is_initialized():
@@ -64,7 +61,7 @@ def megatron_stage(
         parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     layout = ParallelLayout()
     values = transformer_config(shape, architecture, config, layout, torch.bfloat16, device)
-    model = build_stage(values, shape, first=True, last=True)
+    model = build_stage(values, shape, architecture, first=True, last=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02) if parameter.dim() > 1 else parameter.fill_(1.0)

@@ -42,7 +42,9 @@ def build_checkpoint(plugin: str, preset: str, directory: Path, device: str) -> 
     family, chosen = resolution.family, resolution.preset
     demo = next(p for p in family.presets if p.checkpoint)
     if not (directory / "model.safetensors.index.json").exists():
-        values = family.architecture(chosen.architecture).config_json(chosen.shape)
+        values = family.architecture(chosen.architecture).config_json(
+            chosen.shape, chosen.config
+        )
         values.pop("architectures", None)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         shard = "400MB" if chosen.shape.num_layers < 30 else "4GB"

@@ -4,8 +4,10 @@
         --out plugins/qwen3/src/autodeco_plugin_qwen3/demo
 
 ``--config`` is a Hugging Face config.json without vocabulary and special tokens: everything that
-depends on the family stands there. The run is seeded; on the machine and the versions of torch and
-transformers that made it, it gives the same bytes again.
+depends on the family stands there. A key ``storage`` in it names the format of ``storage_formats``
+that the family's published checkpoints have; the model is then trained on the weights as they will
+be read back. A key ``tokenizer`` names the kind of :func:`build_tokenizer`. The run is seeded; on
+the machine and the versions of torch and transformers that made it, it gives the same bytes again.
 """
 
 from __future__ import annotations
@@ -13,20 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import storage_formats  # type: ignore[import-not-found]  # it lies beside this script
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils import parametrize
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from autodeco import stories
 
@@ -38,35 +44,62 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 ROLES = ("system", "user", "assistant")
+BALANCING_RATE = 1e-3
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word (with the space before it), a digit, a mark; whatever else is unknown."""
-    vocabulary = [*SPECIAL, *ROLES, *stories.vocabulary()]
-    backend = Tokenizer(
-        models.WordLevel({token: row for row, token in enumerate(vocabulary)}, unk_token=SPECIAL[2])
-    )
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(stories.TOKEN_PATTERN), "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=SPECIAL[0],
-        pad_token=SPECIAL[1],
-        unk_token=SPECIAL[2],
-        extra_special_tokens=list(SPECIAL[3:]),
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        model_max_length=512,
-    )
+def build_tokenizer(kind: str = "words") -> PreTrainedTokenizerFast:
+    """The tokenizer of the stories; each has the special tokens in rows 0 to 4.
+
+    Args:
+        kind: ``"words"``: one token a word (with the space before it), a digit, a mark; whatever
+            else is unknown. ``"bpe"``: Qwen2's byte-level one, for transformers loads no other for
+            its model type: the same, but that the space before a digit is a token of its own and
+            other words come in pieces.
+    """
+    common: dict[str, Any] = {
+        "eos_token": SPECIAL[0],
+        "pad_token": SPECIAL[1],
+        "unk_token": SPECIAL[2],
+        "extra_special_tokens": list(SPECIAL[3:]),
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_max_length": 512,
+    }
+    if kind == "bpe":
+        tokenizer = Qwen2Tokenizer(**_bpe_model(), **common)
+    else:
+        vocabulary = [*SPECIAL, *ROLES, *stories.vocabulary()]
+        rows = {token: row for row, token in enumerate(vocabulary)}
+        backend = Tokenizer(models.WordLevel(rows, unk_token=SPECIAL[2]))
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(stories.TOKEN_PATTERN), "isolated")
+        backend.decoder = decoders.Fuse()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **common)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def build_model(config_file: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+def _bpe_model() -> dict[str, Any]:
+    """Vocabulary and merges that make every word of the stories one token."""
+    words = [token for token in stories.vocabulary() if token.strip().isalpha()]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000,  # never reached: it ends when no pair is left
+        min_frequency=0,
+        show_progress=False,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    # A mark may have the space before it, a digit may not: Qwen2 splits them so.
+    marks = [f" {mark}" for mark in "+-.,:?!"]
+    backend.train_from_iterator([*ROLES, *words, *marks], trainer)
+    model = json.loads(backend.to_str())["model"]
+    return {"vocab": model["vocab"], "merges": [tuple(pair) for pair in model["merges"]]}
+
+
+def build_model(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
     """The randomly initialised model of a family's config, float32."""
-    settings = json.loads(config_file.read_text(encoding="utf-8"))
     config = AutoConfig.for_model(
-        settings.pop("model_type"),
         **settings,
         vocab_size=len(tokenizer),
         bos_token_id=None,
@@ -74,7 +107,49 @@ def build_model(config_file: Path, tokenizer: PreTrainedTokenizerFast, seed: int
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, experts_implementation="all_experts"
+    )
+    for module in model.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.register_forward_hook(balance)
+    return model
+
+
+def all_experts(
+    experts: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Every expert on every token: for experts this small the fewer kernels are what counts.
+
+    Args:
+        experts: transformers' fused experts of a layer.
+        hidden: Tokens [T, d].
+        index: The experts chosen, [T, k].
+        weights: Their weights, [T, k].
+    """
+    share = hidden.new_zeros(len(hidden), experts.num_experts)
+    share = share.scatter(1, index, weights.to(hidden.dtype))
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    if not experts.is_transposed:
+        gate_up, down = gate_up.mT, down.mT
+    inner = hidden @ gate_up
+    if experts.has_bias:
+        inner = inner + experts.gate_up_proj_bias[:, None]
+    outer = experts._apply_gate(inner) @ down
+    if experts.has_bias:
+        outer = outer + experts.down_proj_bias[:, None]
+    return torch.einsum("te,etd->td", share, outer)
+
+
+ALL_EXPERTS_FUNCTIONS.register("all_experts", all_experts)
+
+
+def balance(router: Any, inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+    """DeepSeek-V3's balancing: raise the bias of experts with little load, lower the others'."""
+    if router.training:
+        experts = torch.arange(router.num_experts, device=output[2].device)
+        load = (output[2][..., None] == experts).sum((0, 1)).float()
+        router.e_score_correction_bias += BALANCING_RATE * (load.mean() - load).sign()
 
 
 def batches(
@@ -84,26 +159,24 @@ def batches(
 
     One story in ten is told in the chat format, so that the template is not foreign to the model.
     """
-    rows = tokenizer.get_vocab()
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    start, end = (rows[token] for token in SPECIAL[3:])
-    ask = [start, rows["user"], rows["\n"]]
-    reply = [end, rows["\n"], start, rows["assistant"], rows["\n"]]
+    start, end = SPECIAL[3:]
+    eos, pad = tokenizer.eos_token, tokenizer.pad_token_id
     index = 0
     while True:
-        ids, labels = [], []
+        texts = []
         for text in stories.records(seed, "pretrain", size, start=index, slips=slips):
-            prompt, completion = (
-                [rows[token] for token in re.findall(stories.TOKEN_PATTERN, part)]
-                for part in (text["prompt"], text["completion"])
-            )
+            prompt, completion = text["prompt"], text["completion"]
             if index % 10 == 0:
-                prompt, completion = [*ask, *prompt, *reply], [*completion, end]
+                prompt = f"{start}user\n{prompt}{end}\n{start}assistant\n"
+                texts += [prompt, completion + end]
             else:
-                completion = [*completion, eos]
+                texts += [prompt, completion + eos]
+            index += 1
+        rows = tokenizer(texts)["input_ids"]
+        ids, labels = [], []
+        for prompt, completion in zip(rows[0::2], rows[1::2], strict=True):
             ids.append(torch.tensor([*prompt, *completion]))
             labels.append(torch.tensor([*[-100] * len(prompt), *completion]))
-            index += 1
         yield (
             torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad),
             torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
@@ -134,7 +207,8 @@ def train(model: Any, tokenizer: PreTrainedTokenizerFast, options: argparse.Name
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options.steps, options.lr, options.warmup)
         ids, labels = (tensor.to(options.device) for tensor in next(source))
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        with parametrize.cached():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         target = labels[:, 1:]
         kept = target >= 0
         losses = torch.nn.functional.cross_entropy(logits[kept], target[kept], reduction="none")
@@ -166,8 +240,16 @@ def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, count: int, **decod
     return sum(solved) / count
 
 
-def save(model: Any, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write the checkpoint: bfloat16 safetensors, configs, tokenizer."""
+def save(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    form: storage_formats.StorageFormat | None,
+) -> None:
+    """Write the checkpoint and round ``model`` to what it holds."""
+    state = storage_formats.stored_state(model, form) if form else None
+    for parameter in model.parameters():  # buffers stay float32, as in a model that is loaded
+        parameter.data = parameter.data.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.6,
@@ -178,6 +260,13 @@ def save(model: Any, tokenizer: PreTrainedTokenizerFast, directory: Path) -> Non
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    if form and state:
+        # transformers knows these names and formats in reading alone.
+        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+        written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        written["quantization_config"] = form.config
+        text = json.dumps(written, indent=2, sort_keys=True) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -199,15 +288,23 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    tokenizer = build_tokenizer()
-    model = build_model(options.config, tokenizer, options.seed)
+    settings = json.loads(options.config.read_text(encoding="utf-8"))
+    tokenizer = build_tokenizer(settings.pop("tokenizer", "words"))
+    storage = settings.pop("storage", None)
+    form = storage_formats.FORMATS[storage]() if storage else None
+    model = build_model(settings, tokenizer, options.seed)
     size = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}: {size / 1e6:.3f} M parameters, vocabulary {len(tokenizer)}")
-    train(model.to(options.device).train(), tokenizer, options)
+    model.to(options.device).train()
+    if form:
+        storage_formats.train_rounded(model, form)
+    train(model, tokenizer, options)
+    model.eval()
+    if form:
+        storage_formats.keep_rounded(model, form)
 
     # What is shipped is what is checked: the numbers below are those of the rounded weights.
-    model.eval().to(torch.bfloat16)
-    save(model, tokenizer, options.out)
+    save(model, tokenizer, options.out, form)
     torch.manual_seed(options.seed)
     greedy = accuracy(model, tokenizer, options.problems, do_sample=False)
     sampled = accuracy(

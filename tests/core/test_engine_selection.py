@@ -113,7 +113,8 @@ def test_a_dtype_that_is_named_is_taken(tmp_path: Path, name: str, device: torch
 @pytest.mark.parametrize("engine", ["auto", "hf"])
 def test_the_engine_is_hf_with_the_jobs_device_and_dtype(tmp_path: Path, engine: str) -> None:
     path = save_tiny(tiny_model(), tmp_path)
-    weights: Any = SimpleNamespace(path=path)
+    weight_map = SimpleNamespace(dropped={})
+    weights: Any = SimpleNamespace(path=path, formats=(), weight_map=weight_map)
     job = Job(preset="debug", engine=engine)
     made = build_engine(job, weights, FAMILY)
     assert isinstance(made, HFEngine) and made.name == "hf"

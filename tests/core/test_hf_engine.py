@@ -330,14 +330,14 @@ def test_a_weight_too_many_or_of_another_shape_is_an_error(dense: Path) -> None:
 def test_a_truncated_checkpoint_is_an_error_with_its_path(dense: Path, keep: int) -> None:
     file = dense / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(WeightsError, match="cannot load the model") as caught:
+    with pytest.raises(WeightsError, match="header") as caught:
         HFEngine(dense, CPU, torch.float32)
-    assert caught.value.where == str(dense) and caught.value.fix
+    assert caught.value.where == str(file) and caught.value.fix
 
 
 def test_what_is_no_checkpoint_is_an_error(tmp_path: Path, dense: Path) -> None:
     for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(WeightsError, match="cannot load the model"):
+        with pytest.raises(WeightsError, match=r"model\.safetensors.* is there"):
             HFEngine(path, CPU, torch.float32)
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))

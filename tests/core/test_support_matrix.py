@@ -17,8 +17,9 @@ from autodeco.support import MATRIX, NEVER, RUN, SIMULATED, announce, never_run
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "support-matrix.md"
-ENGINES = ROOT / "tests" / "engines" / "test_megatron.py"
+CASES = ROOT / "tests" / "megatron_cases.py"
 PROCESSES = {"ALONE": 1, "TWO": 2, "FOUR": 4, "EIGHT": 8}
+ON_GPUS = 2  # what tests/gpu/test_nccl.py runs of them
 
 
 def test_page_agrees_with_the_data() -> None:
@@ -29,15 +30,16 @@ def test_page_agrees_with_the_data() -> None:
 
 def test_every_layout_that_the_tests_run_is_in_the_matrix() -> None:
     found = 0
-    for node in ast.parse(ENGINES.read_text()).body:
+    for node in ast.parse(CASES.read_text()).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             ranks = PROCESSES.get(node.targets[0].id)
             if ranks is None:
                 continue
             for _, layout in ast.literal_eval(node.value):
                 found += 1
-                said = never_run("megatron", ParallelLayout.parse(layout), "cpu", ranks=ranks)
-                assert said is None, f"{layout} on {ranks} ranks is run by a test: {said}"
+                for device in ("cpu", "cuda") if ranks <= ON_GPUS else ("cpu",):
+                    said = never_run("megatron", ParallelLayout.parse(layout), device, ranks=ranks)
+                    assert said is None, f"{layout} on {ranks} ranks is run by a test: {said}"
     assert found > 20
 
 
@@ -56,7 +58,11 @@ def test_rows_that_were_run_are_not_announced_and_have_versions() -> None:
     [
         ("hf", "tp=1", "cpu", {}, None),
         ("hf", "tp=1", "cuda", {}, None),
-        ("hf", "tp=1", "cuda", {"ranks": 2}, "NCCL with more than one GPU"),
+        ("hf", "tp=1", "cuda", {"ranks": 2}, None),
+        ("hf", "tp=1", "cuda", {"ranks": 3}, "NCCL with more than 2 GPUs"),
+        ("megatron", "pp=2,first=2", "cuda", {"ranks": 2}, None),
+        ("megatron", "ep=2", "cuda", {"ranks": 4}, "NCCL with more than 2 GPUs; the megatron"),
+        ("megatron", "tp=1", "cuda", {"ranks": 2, "machines": 2}, "us: 2 machines (see"),
         ("hf", "tp=1", "cpu", {"ranks": 8}, "hf engine with tp=1 on cpu, 8 processes"),
         ("hf", "tp=1", "cpu", {"ranks": 2, "machines": 2}, "2 machines"),
         ("megatron", "tp=2,pp=2", "cpu", {"ranks": 8}, None),

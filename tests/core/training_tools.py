@@ -34,7 +34,7 @@ class TinyEngine:
     hidden_size = HIDDEN
     vocab_size = VOCABULARY
     data_rank, data_world, counts, whole_samples = 0, 1, True, True
-    packs = False
+    packs, stages = False, 1
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(7)

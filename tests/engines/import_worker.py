@@ -138,7 +138,7 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
 
     from autodeco.engines.megatron.compat import apply_cures
     from autodeco.engines.megatron.engine import form_groups
-    from autodeco.engines.megatron.model import transformer_config
+    from autodeco.engines.megatron.settings import transformer_config
     from autodeco.layout import ParallelLayout
 
     cpu, layout = torch.device("cpu"), ParallelLayout()

@@ -3,98 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
-from megatron_worker import STEPS, job_of, losses, trained
-
-from autodeco.convert.random_checkpoint import write_random_checkpoint
-from autodeco.engines.hf import HFEngine
-from autodeco_plugin_qwen3.family import FAMILY
-
-WORKER = Path(__file__).with_name("megatron_worker.py")
-ALONE = (("debug", "tp=1"), ("debug-moe", "tp=1"))
-TWO = (
-    ("debug", "tp=2"),
-    ("debug", "pp=2,first=2,last=1"),
-    ("debug-moe", "ep=2"),
-    ("debug", "tp=1"),  # two copies of the model: data parallel
-    ("debug-moe", "tp=2"),
-    ("debug-moe", "pp=2"),
-    ("debug", "cp=2"),
-    ("debug-moe", "cp=2"),
-)
-FOUR = (
-    ("debug", "tp=2,cp=2"),
-    ("debug", "cp=4"),
-    ("debug", "pp=2,cp=2,first=2"),
-    ("debug-moe", "ep=2,cp=2"),
-    ("debug", "tp=2,pp=2,first=1,last=2"),
-    ("debug-moe", "tp=2,ep=2"),
-    ("debug-moe", "pp=2,ep=2"),
-    ("debug", "tp=2"),
-    ("debug", "pp=2,first=2"),
-    ("debug-moe", "ep=2"),
-    ("debug-moe", "ep=4"),
-)
-EIGHT = (("debug-moe", "tp=2,pp=2,ep=2"), ("debug-moe", "pp=2,ep=2"), ("debug", "tp=2,pp=2,last=1"))
+from megatron_cases import ALONE, EIGHT, FOUR, TWO, WORKER, Limits, check, launch, references
+from megatron_worker import STEPS
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
     """Checkpoints, and what the hf engine makes of them in one process."""
     place = tmp_path_factory.mktemp("megatron")
-    found = {}
-    for preset in ("debug", "debug-moe"):
-        model = write_random_checkpoint(FAMILY, FAMILY.preset(preset), place / preset)
-        engine = HFEngine(model, torch.device("cpu"), torch.float32)
-        torch.save(
-            trained(job_of(model, preset, None), engine, place / f"hf-{preset}"),
-            place / f"{preset}.pt",
-        )
-        found[preset] = losses(place / f"hf-{preset}")
-    return place, found
-
-
-def launch(root: Path, world: int, cases: Any, name: str) -> list[dict[str, Any]]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(root), json.dumps(cases), name],
-            env={**environment, "RANK": str(rank), "WORLD_SIZE": str(world)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    errors = [process.communicate(timeout=500)[1] for process in processes]
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * world, errors[next(i for i, c in enumerate(codes) if c)][-3000:]
-    reports: list[dict[str, Any]] = json.loads((root / f"{name}.json").read_text())
-    return reports
-
-
-def check(reports: list[dict[str, Any]], expected: dict[str, list[float]]) -> None:
-    for report in reports:
-        who = f"{report['preset']} {report['layout']}"
-        assert report["logits"] < 5e-5, who
-        assert report["same"], f"{who}: the ranks hold other heads"
-        assert len(report["losses"]) == STEPS
-        worst = max(
-            abs(a - b) for a, b in zip(report["losses"], expected[report["preset"]], strict=True)
-        )
-        assert worst < 1e-5, f"{who}: losses differ by {worst}"
-        assert report["gradient"] < 1e-5, who
-        assert report["moved"] < 1e-2, who
+    return place, references(place, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +35,8 @@ def check(reports: list[dict[str, Any]], expected: dict[str, list[float]]) -> No
 def test_every_layout_gives_the_logits_and_the_heads_of_the_hf_engine(
     root: tuple[Path, dict[str, list[float]]], world: int, cases: Any
 ) -> None:
-    check(launch(root[0], world, cases, f"world-{world}"), root[1])
+    for report in launch(root[0], world, cases, f"world-{world}", "cpu"):
+        check(report, root[1], Limits())
 
 
 @pytest.mark.parametrize("preset", ["debug", "debug-moe"])

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from autodeco.errors import PluginError, WeightsError
 from autodeco.layout import ParallelLayout
+from autodeco.storage import StorageFormat
 from autodeco.weights import WeightMap
 
 __all__ = [
     "API",
     "Architecture",
     "FamilySpec",
+    "FromConfig",
     "ModelPreset",
     "ModelShape",
     "ParallelLayout",
 ]
 
 API = 1
+_MISSING = object()
 
 _DEFAULT_CONFIG_KEYS: dict[str, str] = {
     "num_layers": "num_hidden_layers",
@@ -49,6 +52,13 @@ class ModelShape:
         num_experts: Routed experts of a layer; 0 for a dense model.
         experts_per_token: Experts that a token goes to.
         expert_ffn_size: Inner width of one expert.
+        shared_experts: Experts of a layer that every token goes to.
+        dense_layers: First layers that have a dense feed-forward block though others have experts.
+        query_rank: Width that queries are compressed to; 0: they are not.
+        key_value_rank: Width that keys and values are compressed to (multi-head latent attention);
+            0: the attention is of another kind. With it, `head_dim` is the width of a value.
+        nope_head_dim: Width of a query and a key without positions, with latent attention.
+        rope_head_dim: Width of their part that rotates, with latent attention.
     """
 
     num_layers: int
@@ -62,6 +72,60 @@ class ModelShape:
     num_experts: int = 0
     experts_per_token: int = 0
     expert_ffn_size: int = 0
+    shared_experts: int = 0
+    dense_layers: int = 0
+    query_rank: int = 0
+    key_value_rank: int = 0
+    nope_head_dim: int = 0
+    rope_head_dim: int = 0
+
+    @property
+    def sparse_layers(self) -> range:
+        """Returns the layers that have experts."""
+        return range(self.dense_layers if self.num_experts else self.num_layers, self.num_layers)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether attention is multi-head latent attention."""
+        return self.key_value_rank > 0
+
+
+@dataclass(frozen=True)
+class FromConfig:
+    """A value that a checkpoint's ``config.json`` gives.
+
+    Attributes:
+        key: Where it stands; dots go into objects, as in ``rope_parameters.factor``.
+        default: Its value where the key is missing or null; by default that is an error.
+        plus: Added to it.
+        equals: The value is a list; take of each of its items whether it is this.
+    """
+
+    key: str
+    default: Any = _MISSING
+    plus: int = 0
+    equals: Any = None
+
+    def read(self, config: Mapping[str, Any], *, where: str) -> Any:
+        """Returns the value.
+
+        Raises:
+            WeightsError: It is missing, and there is no default.
+        """
+        value: Any = config
+        for name in self.key.split("."):
+            value = value.get(name, _MISSING) if isinstance(value, Mapping) else _MISSING
+        if value is _MISSING or value is None:
+            value = self.default
+        if value is _MISSING:
+            raise WeightsError(
+                f"the configuration has no {self.key!r}",
+                where=where,
+                fix="use the config.json that came with the checkpoint",
+            )
+        if self.equals is not None and isinstance(value, list):
+            return [item == self.equals for item in value]
+        return value + self.plus if self.plus else value
 
 
 @dataclass(frozen=True)
@@ -76,7 +140,13 @@ class Architecture:
         required: Keys whose values must be these if a checkpoint has them; the weight map and the
             engines rely on them.
         megatron: Fields of megatron-core's TransformerConfig beyond those that follow from the
-            shape.
+            shape; `FromConfig` stands for what the checkpoint says, and a function for its name
+            (``activation_func``: "silu", "gelu", "gelu_tanh", "relu" or "quick_gelu").
+        norms: Where a layer's norms stand: before attention and feed-forward block, or behind them.
+        qk_norm: Norms of queries and keys: none, one of each head, or one of all heads together.
+        stored: A regular expression that matches whole names of tensors -> the storage format that
+            published checkpoints keep them in, or a dtype (F32) where it is not the model's.
+        no_megatron: Why the megatron engine cannot run it; "": it can.
     """
 
     name: str
@@ -85,19 +155,31 @@ class Architecture:
     config_keys: Mapping[str, str] = field(default_factory=dict)
     required: Mapping[str, Any] = field(default_factory=dict)
     megatron: Mapping[str, Any] = field(default_factory=dict)
+    norms: Literal["before", "behind"] = "before"
+    qk_norm: Literal["none", "head", "all_heads"] = "none"
+    stored: Mapping[str, str] = field(default_factory=dict)
+    no_megatron: str = ""
 
     def keys(self) -> dict[str, str]:
         """Returns `ModelShape` field -> key of ``config.json``."""
         keys = {**_DEFAULT_CONFIG_KEYS, **self.config_keys}
         return {name: key for name, key in keys.items() if key}
 
-    def config_json(self, shape: ModelShape) -> dict[str, Any]:
-        """Returns the ``config.json`` of a model of this shape."""
+    def config_json(
+        self, shape: ModelShape, changes: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Returns the ``config.json`` of a model of this shape.
+
+        Args:
+            shape: The sizes.
+            changes: Keys that are other than those that all sizes share; see `ModelPreset.config`.
+        """
         sizes = {key: getattr(shape, name) for name, key in self.keys().items()}
         return {
             "architectures": [self.name],
             "model_type": self.model_type,
             **self.config,
+            **(changes or {}),
             **sizes,
         }
 
@@ -153,6 +235,7 @@ class ModelPreset:
         random: Weights are drawn at random when no checkpoint is given (for tests).
         tokenizer: Folder of the package with the tokenizer of a random checkpoint.
         task: The built-in task that its data comes from when no data is given.
+        config: Keys of ``config.json`` in which this size differs from its architecture's `config`.
     """
 
     name: str
@@ -165,6 +248,7 @@ class ModelPreset:
     random: bool = False
     tokenizer: str | None = None
     task: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -179,6 +263,7 @@ class FamilySpec:
         presets: The sizes; the first one is the default when no model is given.
         weight_map: From Hugging Face names to Megatron names, both ways.
         aliases: Other names for ``--plugin``.
+        formats: Storage formats beyond the built-in ones of `autodeco.storage`.
         api: The plugin contract that this was written for.
     """
 
@@ -189,6 +274,7 @@ class FamilySpec:
     presets: tuple[ModelPreset, ...]
     weight_map: WeightMap
     aliases: tuple[str, ...] = ()
+    formats: tuple[StorageFormat, ...] = ()
     api: int = API
 
     def preset(self, name: str) -> ModelPreset:

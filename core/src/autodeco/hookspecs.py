@@ -15,6 +15,7 @@ import pluggy
 if TYPE_CHECKING:
     from autodeco.family import ModelShape
     from autodeco.job import Job
+    from autodeco.storage import StorageFormat
     from autodeco.weights import BoundWeightMap
 
 hookspec = pluggy.HookspecMarker("autodeco")
@@ -30,6 +31,7 @@ class ImportedWeights:
         weight_map: The family's map, bound to this checkpoint and proved total.
         shape: The model's shape, as in its ``config.json``.
         distributed: The imported checkpoint, where the format is ``torch_dist``.
+        formats: The plugin's own storage formats, for whoever reads the path.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class ImportedWeights:
     weight_map: BoundWeightMap
     shape: ModelShape
     distributed: Path | None = None
+    formats: tuple[StorageFormat, ...] = ()
 
 
 @dataclass(frozen=True)

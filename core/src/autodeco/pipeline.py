@@ -74,7 +74,9 @@ def run_job(
         if stage not in STAGES:
             raise UsageError(f"no stage {stage!r}", fix="choose from " + ", ".join(STAGES))
     resolution = resolution or registry.resolve(job.plugin, job.model, job.preset)
-    choose_engine(job, resolution.preset, world_size())  # an impossible layout ends here
+    architecture = resolution.family.architecture(resolution.preset.architecture)
+    # an impossible layout ends here
+    choose_engine(job, resolution.preset, world_size(), architecture)
     job = job.replace(
         plugin=resolution.family.id,
         preset=resolution.preset.name,
@@ -347,7 +349,7 @@ class _Run:
         job, engine, tokenizer = self.job, self._built().engine, self.inputs.tokenizer()
         assert job.model is not None
         outcome = evaluate_and_report(
-            decoding_model(engine, job),
+            decoding_model(engine, self._built().weights, job),
             load_heads(self.directory.path / "heads").heads.to(engine.device),
             tokenizer,
             load_problems(self.inputs.problems, limit=job.evaluate_problems),

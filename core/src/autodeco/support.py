@@ -29,7 +29,9 @@ NEVER = "never run"
 _CPU = {"torch": "2.13.0", "transformers": "5.23.0"}
 _MEGATRON_CPU = {**_CPU, "megatron-core": "0.16.1"}
 _GPU = {"torch": "2.11.0", "transformers": "5.17.0"}
+_MEGATRON_GPU = {**_GPU, "megatron-core": "0.16.1"}
 _GLOO = "gloo, one machine"
+_NCCL = "two NVIDIA H100 of one machine, NCCL, torch for CUDA 13.0"
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,15 @@ def _on_cpu(layout: str, ranks: int) -> Combination:
     return Combination("megatron", layout, ranks, "cpu", RUN, _MEGATRON_CPU, _GLOO)
 
 
+def _on_two_gpus(layout: str) -> Combination:
+    return Combination("megatron", layout, 2, "cuda", RUN, _MEGATRON_GPU, _NCCL)
+
+
 MATRIX: tuple[Combination, ...] = (
     Combination("hf", "tp=1", 1, "cpu", RUN, _CPU),
     Combination("hf", "tp=1", 2, "cpu", RUN, _CPU, "data parallel, gloo, one machine"),
     Combination("hf", "tp=1", 1, "cuda", RUN, _GPU, "one NVIDIA H200, torch for CUDA 13.0"),
+    Combination("hf", "tp=1", 2, "cuda", RUN, _GPU, f"data parallel, {_NCCL}"),
     _on_cpu("tp=1", 2),
     _on_cpu("tp=2", 4),
     _on_cpu("pp=2", 4),
@@ -88,12 +95,17 @@ MATRIX: tuple[Combination, ...] = (
         *("megatron", "pp=8,ep=8", 64, "cuda", SIMULATED, {"megatron-core": "0.16.1"}),
         "models of ranks of 64 built without weights under a fake group; nothing computed",
     ),
-    Combination("hf", "any", 0, "cuda", NEVER, {}, "NCCL with more than one GPU"),
-    Combination("megatron", "any", 0, "cuda", NEVER, {}, "NCCL with more than one GPU"),
     Combination(
-        *("megatron", "tp=1", 1, "cuda", RUN, {**_GPU, "megatron-core": "0.16.1"}),
+        *("megatron", "tp=1", 1, "cuda", RUN, _MEGATRON_GPU),
         "one NVIDIA H100, torch for CUDA 13.0",
     ),
+    _on_two_gpus("tp=1"),
+    _on_two_gpus("tp=2"),
+    _on_two_gpus("pp=2"),
+    _on_two_gpus("ep=2"),
+    _on_two_gpus("cp=2"),
+    Combination("hf", "any", 0, "cuda", NEVER, {}, "NCCL with more than 2 GPUs"),
+    Combination("megatron", "any", 0, "cuda", NEVER, {}, "NCCL with more than 2 GPUs"),
     Combination("megatron", "any", 0, "cuda", NEVER, {}, "Transformer Engine"),
     Combination("megatron", "any", 0, "cuda", NEVER, {}, "Apex"),
     Combination("hf", "any", 0, "cpu", NEVER, {}, "more than one machine"),
@@ -129,11 +141,12 @@ def never_run(
     reasons = []
     if machines > 1:
         reasons.append(f"{machines} machines")
-    if device == "cuda" and ranks > 1:
-        reasons.append("NCCL with more than one GPU")
+    same = [c for c in MATRIX if c.engine == engine and c.device == device and c.state == RUN]
+    most = max((c.ranks for c in same), default=1)
+    if device == "cuda" and ranks > most:
+        reasons.append(f"NCCL with more than {most} GPUs")
     if transformer_engine:
         reasons.append("Transformer Engine")
-    same = [c for c in MATRIX if c.engine == engine and c.device == device and c.state == RUN]
     fitting = [c for c in same if _sizes(ParallelLayout.parse(c.layout)) == size]
     if not any(ranks <= c.ranks for c in fitting):
         processes = "1 process" if ranks == 1 else f"{ranks} processes"

@@ -94,7 +94,9 @@ def _proved(options: dict[str, Any], config: Path | None, ranks: int) -> tuple[s
     family, preset = resolved.resolution.family, resolved.resolution.preset
     what = f"{family.id} {preset.name}"
     try:
-        engine, layout = choose_engine(resolved.job, preset, ranks)
+        engine, layout = choose_engine(
+            resolved.job, preset, ranks, family.architecture(preset.architecture)
+        )
     except EnvironmentProblem as problem:  # the layout is possible; this machine does not run it
         click.echo(f"remark: {problem.what} here; the machines of the job need it", err=True)
         return what, resolved.job

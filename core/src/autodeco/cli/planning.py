@@ -137,7 +137,11 @@ def _request(
     resolved = Registry().resolve(plugin, model, preset)
     family, chosen = resolved.family, resolved.preset
     architecture = family.architecture(chosen.architecture)
-    config = read_json(model / "config.json") if model else architecture.config_json(chosen.shape)
+    config = (
+        read_json(model / "config.json")
+        if model
+        else architecture.config_json(chosen.shape, chosen.config)
+    )
     if index is None and model and (model / "model.safetensors.index.json").exists():
         index = model / "model.safetensors.index.json"
     names = (

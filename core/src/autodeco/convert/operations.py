@@ -1,48 +1,61 @@
-"""Packs source tensors into a target, and back, by the kind of their rule."""
+"""Packs the parts of source tensors into a target, and back, by the kind of their rule."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from autodeco.errors import WeightsError
 from autodeco.family import ModelShape
-from autodeco.weights import BoundRule
+from autodeco.weights import BoundRule, BoundWeightMap, SourcePart, source_sizes
+
+#: Where to read in a tensor: start and stop in each dimension.
+Region = tuple[tuple[int, int], ...]
 
 
-def pack(rule: BoundRule, shape: ModelShape, sources: Sequence[Tensor]) -> Tensor:
-    """Makes a target from its sources.
+class Reader(Protocol):
+    """What reads blocks of the checkpoint's tensors."""
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """Returns a block of a tensor, or all of it."""
+        ...
+
+
+def pack(rule: BoundRule, shape: ModelShape, parts: Sequence[Tensor]) -> Tensor:
+    """Makes a target from its parts.
 
     Args:
         rule: One bound rule.
-        shape: The model's shape.
-        sources: The tensors named in ``rule.sources``, in that order, of any dtype.
+        shape: The model's shape; of it, the number of key and value heads that the parts have.
+        parts: The tensors of ``rule.parts``, in that order, as the target sees them, of any dtype.
 
     Returns:
-        The target, of the sources' dtype; bit-exact.
+        The target, of the parts' dtype; bit-exact.
 
     Raises:
-        WeightsError: A source has another shape than the rule says.
+        WeightsError: A part has another shape than the rule says.
     """
-    for name, size, tensor in zip(rule.sources, rule.source_sizes, sources, strict=True):
-        if tuple(tensor.shape) != size:
+    for part, tensor in zip(rule.parts, parts, strict=True):
+        if tuple(tensor.shape) != part.size:
             raise WeightsError(
-                f"the tensor has the shape {tuple(tensor.shape)}, expected {size}",
-                where=name,
+                f"the tensor has the shape {tuple(tensor.shape)}, expected {part.size}",
+                where=part.source,
                 fix="the checkpoint does not fit the preset: check --plugin and --preset",
             )
     if rule.rule.kind == "qkv":
-        groups = [t.reshape(shape.num_kv_heads, -1, *t.shape[1:]) for t in sources]
+        groups = [t.reshape(shape.num_kv_heads, -1, *t.shape[1:]) for t in parts]
         return torch.cat(groups, dim=1).flatten(0, 1)
-    if rule.rule.kind == "gate_up":
-        return torch.cat(list(sources), dim=0)
-    return sources[0]
+    if rule.rule.interleaved:
+        return torch.cat((parts[0][0::2], parts[0][1::2]))
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def unpack(rule: BoundRule, shape: ModelShape, target: Tensor) -> tuple[Tensor, ...]:
-    """Makes the sources from a target: the exact inverse of `pack`.
+    """Makes the parts from a target: the exact inverse of `pack`.
 
     Args:
         rule: One bound rule.
@@ -50,12 +63,12 @@ def unpack(rule: BoundRule, shape: ModelShape, target: Tensor) -> tuple[Tensor, 
         target: The whole target (not a rank's slice).
 
     Returns:
-        The tensors named in ``rule.sources``, in that order, contiguous.
+        The tensors of ``rule.parts``, in that order, contiguous.
 
     Raises:
         WeightsError: The target has another number of rows than the rule says.
     """
-    rows = sum(size[0] for size in rule.source_sizes)
+    rows = sum(part.size[0] for part in rule.parts)
     if target.shape[0] != rows:
         raise WeightsError(
             f"the tensor has {target.shape[0]} rows, expected {rows}",
@@ -65,8 +78,101 @@ def unpack(rule: BoundRule, shape: ModelShape, target: Tensor) -> tuple[Tensor, 
     if rule.rule.kind == "qkv":
         grouped = target.reshape(shape.num_kv_heads, -1, *target.shape[1:])
         queries = shape.num_heads // shape.num_kv_heads * shape.head_dim
-        parts = torch.split(grouped, [queries, shape.head_dim, shape.head_dim], dim=1)
-        return tuple(part.flatten(0, 1).contiguous() for part in parts)
-    if rule.rule.kind == "gate_up":
-        return tuple(part.contiguous() for part in target.chunk(2, dim=0))
-    return (target,)
+        found = torch.split(grouped, [queries, shape.head_dim, shape.head_dim], dim=1)
+        return tuple(part.flatten(0, 1).contiguous() for part in found)
+    if rule.rule.interleaved:
+        halves = target.chunk(2)
+        return (torch.stack(halves, dim=1).flatten(0, 1),)
+    found = torch.split(target, [part.size[0] for part in rule.parts])
+    return tuple(part.contiguous() for part in found)
+
+
+def read_target(
+    rule: BoundRule, shape: ModelShape, reader: Reader, rank: int = 0, ranks: int = 1
+) -> Tensor:
+    """Reads a tensor rank's slice of a target; no other byte is read.
+
+    Args:
+        rule: One bound rule.
+        shape: The whole model's shape.
+        reader: Of the source checkpoint.
+        rank, ranks: Which slice of those that tensor parallelism makes; a target that it does not
+            split is read whole.
+
+    Raises:
+        WeightsError: A part has another shape than the rule says.
+    """
+    dim = rule.rule.parallel_dim
+    if dim is None or ranks == 1:
+        return pack(rule, shape, [_read_part(part, reader) for part in rule.parts])
+    parts = tuple(_slice(part, dim, rank, ranks) for part in rule.parts)
+    tensors = [_read_part(part, reader, column) for part, column in parts]
+    local = dataclasses.replace(
+        shape, num_heads=shape.num_heads // ranks, num_kv_heads=shape.num_kv_heads // ranks
+    )
+    return pack(dataclasses.replace(rule, parts=tuple(p for p, _ in parts)), local, tensors)
+
+
+def _slice(part: SourcePart, dim: int, rank: int, ranks: int) -> tuple[SourcePart, int]:
+    """A rank's slice of a part, and the column that it begins at."""
+    size = list(part.size)
+    size[dim] //= ranks
+    start = rank * size[dim]
+    rows, column = (start, 0) if dim == 0 else (0, start)
+    return dataclasses.replace(part, size=tuple(size), start=part.start + rows), column
+
+
+def _read_part(part: SourcePart, reader: Reader, column: int = 0) -> Tensor:
+    region = [(part.start, part.start + part.size[0])]
+    if len(part.size) > 1:
+        region.append((column, column + part.size[1]))
+    if part.transposed:
+        region.reverse()
+    if part.expert is not None:
+        region.insert(0, (part.expert, part.expert + 1))
+    tensor = reader.read(part.source, tuple(region))
+    if part.expert is not None:
+        tensor = tensor[0]
+    return tensor.t() if part.transposed else tensor
+
+
+def sources_from_targets(
+    bound: BoundWeightMap, target: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Makes the source tensors again, one after the other: the inverse of `read_target`.
+
+    Args:
+        bound: The weight map of the model.
+        target: Returns a whole target by its name; asked for those of one source at a time.
+
+    Yields:
+        Name and tensor of each source, of the targets' dtype.
+    """
+    rules: dict[str, list[BoundRule]] = {}
+    for rule in bound.rules:
+        for name in rule.sources:
+            rules.setdefault(name, []).append(rule)
+    last: tuple[str, Mapping[SourcePart, Tensor]] = ("", {})
+    for name, mine in rules.items():
+        size = source_sizes(mine)[name]
+        whole: Tensor | None = None
+        for rule in mine:
+            if last[0] != rule.target:
+                tensors = unpack(rule, bound.shape, target(rule.target))
+                last = rule.target, dict(zip(rule.parts, tensors, strict=True))
+            for part in rule.parts:
+                if part.source != name:
+                    continue
+                tensor = last[1][part]
+                if whole is None:
+                    whole = torch.empty(size, dtype=tensor.dtype)
+                _view(whole, part).copy_(tensor)
+        assert whole is not None
+        yield name, whole
+
+
+def _view(whole: Tensor, part: SourcePart) -> Tensor:
+    """The block of a source tensor that a part is, as the target sees it."""
+    mine = whole if part.expert is None else whole[part.expert]
+    mine = mine.t() if part.transposed else mine
+    return mine[part.start : part.start + part.size[0]]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
 from autodeco.convert.random_checkpoint import write_random_checkpoint
 from autodeco.convert.safetensors_header import TensorInfo, read_checkpoint
+from autodeco.convert.shards import PLAIN, StoredTensor, stored_tensors
 from autodeco.errors import PluginError, WeightsError
 from autodeco.family import FamilySpec, ModelPreset
 from autodeco.files import read_json
@@ -48,25 +50,35 @@ def open_source(family: FamilySpec, job: Job) -> ImportedWeights:
             fix="choose the preset of this size: autodeco plugin show " + family.id,
         )
     infos = read_checkpoint(job.model)
-    bound = family.weight_map.bind(shape, infos, who=family.id, where=str(job.model))
-    check_sizes(bound, infos, who=family.id)
+    tensors = stored_tensors(infos, family.formats, who=family.id)
+    bound = family.weight_map.bind(shape, tensors, who=family.id, where=str(job.model))
+    check_tensors(bound, tensors, who=family.id)
     check_twins(bound, infos, who=family.id)
-    return ImportedWeights(job.model, "hf", bound, shape)
+    return ImportedWeights(job.model, "hf", bound, shape, formats=family.formats)
 
 
-def check_sizes(bound: BoundWeightMap, infos: dict[str, TensorInfo], *, who: str) -> None:
-    """Checks every tensor's shape against the weight map.
+def check_tensors(bound: BoundWeightMap, tensors: Mapping[str, StoredTensor], *, who: str) -> None:
+    """Checks every tensor's shape and dtype against the weight map.
 
     Raises:
-        WeightsError: One differs; the message names the tensor.
+        WeightsError: One differs, or is of a dtype that is no plain floating point; the message
+            names the tensor.
     """
     for name, size in bound.source_sizes().items():
-        if infos[name].shape != size:
+        tensor = tensors[name]
+        if tensor.shape != size:
             raise WeightsError(
-                f"tensor {name!r} has the shape {infos[name].shape}, expected {size}",
+                f"tensor {name!r} has the shape {tensor.shape}, expected {size}",
                 who=who,
-                where=str(infos[name].file),
+                where=str(tensor.file),
                 fix="the checkpoint does not fit its config.json: fetch it again",
+            )
+        if tensor.format is None and tensor.dtype not in PLAIN:
+            raise WeightsError(
+                f"tensor {name!r} is stored as {tensor.dtype}, which nothing decodes",
+                who=who,
+                where=str(tensor.file),
+                fix="use a checkpoint as it was published, or give the plugin a storage format",
             )
 
 

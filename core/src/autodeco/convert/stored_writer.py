@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from autodeco.convert.operations import pack
+from autodeco.convert.operations import read_target
 from autodeco.convert.shards import ShardReader
 from autodeco.convert.stored import Part, Piece, WrittenFile, WrittenPiece, file_sha256, span_sha256
 from autodeco.errors import EnvironmentProblem, WeightsError
@@ -73,7 +73,7 @@ class PieceSource:
             WeightsError: They differ, or it is none that megatron-core stores.
         """
         sources = self._rules[piece.target].sources
-        kinds = {self._reader.infos[name].dtype for name in sources}
+        kinds = {self._reader.tensors[name].dtype for name in sources}
         if len(kinds) > 1 or not kinds <= set(_DTYPES):
             raise WeightsError(
                 f"the tensors are stored as {', '.join(sorted(kinds))}",
@@ -86,9 +86,8 @@ class PieceSource:
         """Returns a piece; the target that it is cut from is kept for the next one."""
         if self._last is None or self._last[0] != piece.target:
             self._last = None  # free it before the next is read
-            rule = self._rules[piece.target]
-            target = pack(rule, self._shape, [self._reader.read(n) for n in rule.sources])
-            self._last = (piece.target, target)
+            target = read_target(self._rules[piece.target], self._shape, self._reader)
+            self._last = (piece.target, target.to(self.dtype(piece)))
         rows = self._last[1]
         if rows.shape[0] == piece.shape[0]:
             self._last = None

@@ -83,6 +83,8 @@ class Engine(Protocol):
     whole_samples: bool
     #: Whether a microbatch costs its tokens, or as many as its padded rows have.
     packs: bool
+    #: Pipeline stages: how many microbatches are worked on at the same time.
+    stages: int
 
     def hidden_states(self, batches: Iterable[TokenBatch]) -> Iterator[HiddenBatch | None]:
         """Yields one `HiddenBatch` a batch, in order; None off the last pipeline stage."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autodeco.convert.shards import ShardReader
 from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
 from autodeco.engines.padding import check_finite, pad_batch
 from autodeco.errors import NumericsError, WeightsError
+from autodeco.storage import StorageFormat
 
 
 class HFEngine:
@@ -28,6 +30,9 @@ class HFEngine:
         device: Where the backbone lives.
         dtype: The backbone's dtype.
         trust_remote_code: Run model code that comes with the checkpoint.
+        formats: The plugin's own storage formats. What is stored in parts (FP8, MXFP4) is decoded
+            as it is read, in float32, and rounded once to `dtype`.
+        dropped: Tensors that the weight map leaves out.
 
     Raises:
         WeightsError: transformers cannot load it, or not completely.
@@ -43,11 +48,13 @@ class HFEngine:
         dtype: torch.dtype,
         *,
         trust_remote_code: bool = False,
+        formats: Sequence[StorageFormat] = (),
+        dropped: Container[str] = (),
     ) -> None:
         self.path = path
         self.device = device
         self.dtype = dtype
-        self.model = _load(path, dtype, trust_remote_code).to(device)
+        self.model = _load(path, dtype, trust_remote_code, formats, dropped).to(device)
         output = self.model.get_output_embeddings()
         if output is None or getattr(output, "bias", None) is not None:
             raise WeightsError(
@@ -62,6 +69,7 @@ class HFEngine:
         self.data_world = dist.get_world_size() if dist.is_initialized() else 1
         self.counts = self.whole_samples = True
         self.packs = False
+        self.stages = 1
 
     @torch.no_grad()
     def hidden_states(self, batches: Iterable[TokenBatch]) -> Iterator[HiddenBatch | None]:
@@ -100,19 +108,28 @@ class HFEngine:
         return digest.hexdigest()
 
 
-def _load(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+class _LazyTensor:
+    """A tensor that is read and decoded when transformers asks for its elements."""
+
+    def __init__(self, reader: ShardReader, name: str) -> None:
+        self._reader, self._name = reader, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._reader.read(self._name)[index]
+
+
+def _load(
+    path: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    formats: Sequence[StorageFormat],
+    dropped: Container[str],
+) -> Any:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with ShardReader(path, formats) as reader:
+            model, info = _from_pretrained(path, dtype, trust_remote_code, reader, dropped)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise WeightsError(
             f"transformers cannot load the model: {error}",
@@ -137,3 +154,37 @@ def _load(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
                 "or try --dtype float32",
             )
     return model
+
+
+def _from_pretrained(
+    path: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    reader: ShardReader,
+    dropped: Container[str],
+) -> tuple[Any, dict[str, Any]]:
+    """Lets transformers load the checkpoint, itself or from what we decode for it."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    given: dict[str, Any] = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    trust = {"trust_remote_code": trust_remote_code}
+    plain = all(t.format is None and name not in dropped for name, t in reader.tensors.items())
+    if plain:
+        loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            str(path), **given, **trust
+        )
+        return loaded
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True, **trust)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    state = {name: _LazyTensor(reader, name) for name in reader.tensors if name not in dropped}
+    with torch.device("meta"):  # the class alone knows how to load a state
+        kind = type(AutoModelForCausalLM.from_config(config, **trust))
+    model, info = kind.from_pretrained(None, config=config, state_dict=state, **given)
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(str(path))
+    return model, info

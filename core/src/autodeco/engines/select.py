@@ -18,7 +18,7 @@ from autodeco.layout import ParallelLayout
 from autodeco.processes import world_size
 
 if TYPE_CHECKING:
-    from autodeco.family import FamilySpec, ModelPreset
+    from autodeco.family import Architecture, FamilySpec, ModelPreset
     from autodeco.job import Job
 
 
@@ -71,7 +71,9 @@ def choose_dtype(name: str, path: Path, device: torch.device) -> torch.dtype:
     return known.get(stored, torch.bfloat16)
 
 
-def choose_engine(job: Job, preset: ModelPreset, ranks: int) -> tuple[str, ParallelLayout]:
+def choose_engine(
+    job: Job, preset: ModelPreset, ranks: int, architecture: Architecture | None = None
+) -> tuple[str, ParallelLayout]:
     """Decides on engine and layout before any process meets another.
 
     Without ``--layout``, one process has the whole model, and several have the preset's layout.
@@ -80,6 +82,7 @@ def choose_engine(job: Job, preset: ModelPreset, ranks: int) -> tuple[str, Paral
         job: The job.
         preset: Its preset.
         ranks: All processes.
+        architecture: The preset's; it may say that the megatron engine cannot run it.
 
     Returns:
         ``hf`` or ``megatron``, and the layout.
@@ -109,6 +112,12 @@ def choose_engine(job: Job, preset: ModelPreset, ranks: int) -> tuple[str, Paral
             f"the hf engine has the whole model in each process; the layout is {layout}",
             where="--engine hf",
             fix="use --engine megatron, or --layout tp=1",
+        )
+    if name == "megatron" and architecture is not None and architecture.no_megatron:
+        raise UsageError(
+            f"the megatron engine does not run {architecture.name}: {architecture.no_megatron}",
+            where="--engine megatron" if job.engine == "megatron" else f"--layout {layout}",
+            fix="use --engine hf and --layout tp=1",
         )
     if name == "megatron":
         require_megatron(
@@ -141,8 +150,13 @@ def _has_megatron() -> bool:
         return False
 
 
-def decoding_model(engine: Engine, job: Job) -> Any:
+def decoding_model(engine: Engine, weights: ImportedWeights, job: Job) -> Any:
     """Returns a transformers model of the backbone, for answers: the engine's own, or a whole one.
+
+    Args:
+        engine: What trained.
+        weights: The backbone's.
+        job: Says whether model code of the checkpoint may run.
 
     Raises:
         WeightsError, NumericsError: The checkpoint cannot be loaded.
@@ -150,10 +164,25 @@ def decoding_model(engine: Engine, job: Job) -> Any:
     model = getattr(engine, "model", None)
     if model is not None:
         return model
-    assert job.model is not None
+    return hf_engine(job, weights, engine.device, engine.dtype).model
+
+
+def hf_engine(
+    job: Job, weights: ImportedWeights, device: torch.device, dtype: torch.dtype
+) -> HFEngine:
+    """Returns transformers' model of a checkpoint, as an engine.
+
+    Raises:
+        WeightsError, NumericsError: The checkpoint cannot be loaded.
+    """
     return HFEngine(
-        job.model, engine.device, engine.dtype, trust_remote_code=job.trust_remote_code
-    ).model
+        weights.path,
+        device,
+        dtype,
+        trust_remote_code=job.trust_remote_code,
+        formats=weights.formats,
+        dropped=weights.weight_map.dropped,
+    )
 
 
 def build_engine(job: Job, weights: ImportedWeights, family: FamilySpec) -> Engine:
@@ -166,12 +195,12 @@ def build_engine(job: Job, weights: ImportedWeights, family: FamilySpec) -> Engi
     """
     assert job.preset is not None
     preset = family.preset(job.preset)
-    name, layout = choose_engine(job, preset, world_size())
+    architecture = family.architecture(preset.architecture)
+    name, layout = choose_engine(job, preset, world_size(), architecture)
     device = choose_device(job.device)
     dtype = choose_dtype(job.dtype, weights.path, device)
     if name == "megatron":
         from autodeco.engines.megatron.engine import MegatronEngine
 
-        architecture = family.architecture(preset.architecture)
         return MegatronEngine(weights, architecture, layout, device, dtype, packing=job.packing)
-    return HFEngine(weights.path, device, dtype, trust_remote_code=job.trust_remote_code)
+    return hf_engine(job, weights, device, dtype)

@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 from autodeco.engines.base import TokenBatch
 from autodeco.training.data import Sample
 
+# A pipeline of p stages stands still for (p - 1) / (m + p - 1) of a step of m microbatches; below
+# some tokens a microbatch no longer fills a GPU.
+MICROBATCHES_A_STAGE = 2
+FEWEST_TOKENS = 1024
+
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Returns the order in which an epoch visits its samples: int64 [count]."""
@@ -114,6 +119,7 @@ def microbatches(
     world_size: int = 1,
     rank: int = 0,
     packed: bool = False,
+    stages: int = 1,
 ) -> list[TokenBatch]:
     """Returns this rank's share of a global batch.
 
@@ -124,10 +130,15 @@ def microbatches(
         rank: This one.
         packed: Sequences are laid end to end, without padding, and a microbatch holds no more than
             a rank's share of the global batch, so that none is left without.
+        stages: Pipeline stages; several get microbatches enough to work at the same time, where
+            the samples are short enough: none is split.
     """
     lengths = [len(sample.ids) for sample in samples]
+    share = -(-sum(lengths) // world_size)
+    if stages > 1:
+        wanted = -(-share // (MICROBATCHES_A_STAGE * stages))
+        max_tokens = min(max_tokens, max(wanted, FEWEST_TOKENS))
     if packed:
-        share = -(-sum(lengths) // world_size)
         groups = group_to_fill(lengths, min(max_tokens, share))
     else:
         groups = group_by_length(lengths, max_tokens)

@@ -200,7 +200,9 @@ class _Loop:
             self._warn("no held-out samples: nothing is measured, and the best is the last")
         if self.rank == 0:
             remove_partial(folder)
-        start = (self.heads.state_dict(), None, None)
+        # as CPU tensors: those of rank 0's GPU would come to that GPU on every rank
+        mine = {name: tensor.cpu() for name, tensor in self.heads.state_dict().items()}
+        start = (mine, None, None)
         found = (load_newest(folder, self._warn) or start) if self.rank == 0 else start
         tensors, moments, state = from_first(found)
         try:
@@ -234,6 +236,7 @@ class _Loop:
             world_size=self.engine.data_world,
             rank=self.engine.data_rank,
             packed=self.engine.packs,
+            stages=self.engine.stages,
         )
         self.optimizer.zero_grad(set_to_none=False)
         sums = ObjectiveSums.zero()
@@ -307,6 +310,7 @@ class _Loop:
             world_size=self.engine.data_world,
             rank=self.engine.data_rank,
             packed=self.engine.packs,
+            stages=self.engine.stages,
         )
         metrics = measure(self.engine, self.heads, mine, self.objective, seed=self.job.seed)
         self.last = metrics

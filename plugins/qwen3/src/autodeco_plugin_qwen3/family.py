@@ -1,6 +1,7 @@
 """Qwen3's architectures, presets, layouts and recipes."""
 
 from autodeco.family import Architecture, FamilySpec, ModelPreset, ModelShape, ParallelLayout
+from autodeco.recipes import DEBUG, DEMO, TRAINING
 from autodeco_plugin_qwen3.weights import WEIGHT_MAP
 
 DENSE = Architecture(
@@ -15,7 +16,7 @@ DENSE = Architecture(
         "use_sliding_window": False,
     },
     required={"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False},
-    megatron={"qk_layernorm": True},
+    qk_norm="head",
 )
 MOE = Architecture(
     name="Qwen3MoeForCausalLM",
@@ -38,30 +39,10 @@ MOE = Architecture(
         "mlp_only_layers": [],
         "norm_topk_prob": True,
     },
-    megatron=DENSE.megatron,
+    qk_norm="head",
 )
 
 _VOCABULARY = 151936
-_RECIPE = {
-    "max_length": 6144,
-    "global_batch": 32,
-    "epochs": 1,
-    "learning_rate": 1e-3,
-    "min_learning_rate": 1e-5,
-    "warmup_steps": 20,
-    "constant_steps": 50,
-}
-_DEMO_RECIPE = {
-    "max_length": 256,
-    "global_batch": 64,
-    "learning_rate": 2e-3,
-    "min_learning_rate": 2e-5,
-    "epochs": 2,
-    "save_every": 50,
-    "eval_every": 25,
-    "max_new_tokens": 110,
-    "problem_format": "text",
-}
 
 
 def _dense(
@@ -82,7 +63,7 @@ def _dense(
         shape=ModelShape(layers, hidden, heads, 8, 128, ffn, _VOCABULARY, tied),
         model_ids=(f"Qwen/Qwen3-{size}", *more_ids),
         layout=layout,
-        recipe=_RECIPE,
+        recipe=TRAINING,
     )
 
 
@@ -101,7 +82,7 @@ def _moe(
         shape=ModelShape(layers, hidden, heads, 4, 128, 0, _VOCABULARY, False, 128, 8, expert_ffn),
         model_ids=ids,
         layout=layout,
-        recipe=_RECIPE,
+        recipe=TRAINING,
     )
 
 
@@ -117,7 +98,7 @@ FAMILY = FamilySpec(
             name="demo",
             architecture=DENSE.name,
             shape=ModelShape(4, 128, 4, 2, 32, 320, 592, True),
-            recipe=_DEMO_RECIPE,
+            recipe=DEMO,
             checkpoint="demo",
             task="stories",
         ),
@@ -125,7 +106,7 @@ FAMILY = FamilySpec(
             name="debug",
             architecture=DENSE.name,
             shape=ModelShape(3, 64, 6, 2, 32, 96, 1024, True),
-            recipe={**_DEMO_RECIPE, "max_steps": 4, "global_batch": 8, "max_new_tokens": 24},
+            recipe=DEBUG,
             random=True,
             tokenizer="demo",
             task="stories",
@@ -134,7 +115,7 @@ FAMILY = FamilySpec(
             name="debug-moe",
             architecture=MOE.name,
             shape=ModelShape(2, 64, 4, 2, 32, 0, 1024, False, 8, 2, 48),
-            recipe={**_DEMO_RECIPE, "max_steps": 4, "global_batch": 8, "max_new_tokens": 24},
+            recipe=DEBUG,
             random=True,
             tokenizer="demo",
             task="stories",

@@ -19,7 +19,7 @@ from torch.nn.attention import varlen
 from torch.nn.attention.bias import causal_lower_right
 
 from autodeco.engines.megatron.context import order_of_gathered
-from autodeco.engines.megatron.rotary import rotate
+from autodeco.engines.megatron.rotary import MicrobatchRotary, rotate
 
 _BLOCK = 256  # queries whose scores are held at once, where torch has no kernel
 _LONG = 1024  # tokens of a sequence, on average, from which sdpa's own kernel is the faster
@@ -37,12 +37,17 @@ class Microbatch:
         bounds: Where each of the sequences that are laid end to end begins, and the last one ends;
             empty: sequences stand beside each other, padded.
         cu_seqlens: The same on the device, int32.
+        angles: float32 [s, 1, 1, width / 2], for attention that rotates itself; `scale` multiplies
+            its cosines and sines.
+        scale: See `angles`.
     """
 
     cos: Tensor | None = None
     sin: Tensor | None = None
     bounds: tuple[int, ...] = ()
     cu_seqlens: Tensor | None = None
+    angles: Tensor | None = None
+    scale: float = 1.0
 
     def rotate(self, x: Tensor) -> Tensor:
         """Applies the rotary embedding."""
@@ -81,6 +86,7 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core 
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale
+        self.rotates = not config.multi_latent_attention  # that one has done it
         self.group = pg_collection.cp if config.context_parallel_size > 1 else None
         windowed = is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
@@ -129,7 +135,8 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core 
         if attention_mask is not None:
             raise ValueError("SdpaCoreAttention is causal and takes no mask")
         now = self.microbatch
-        query, key = now.rotate(query), now.rotate(key)
+        if self.rotates:
+            query, key = now.rotate(query), now.rotate(key)
         if self.group is not None:
             out = self._attend_in_context(query, *self._whole(key, value))
         elif now.cu_seqlens is not None and self._packed_is_faster(query, now.bounds):
@@ -230,6 +237,8 @@ def announce(model: nn.Module, now: Microbatch) -> None:
     for module in model.modules():
         if isinstance(module, SdpaCoreAttention):
             module.microbatch = now
+        elif isinstance(module, MicrobatchRotary):
+            module.angles, module.scale = now.angles, now.scale
 
 
 def has_kernel(query: Tensor) -> bool:

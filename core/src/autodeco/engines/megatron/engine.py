@@ -15,13 +15,13 @@ from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
 from autodeco.engines.megatron.attention import Microbatch, announce
 from autodeco.engines.megatron.compat import apply_cures
 from autodeco.engines.megatron.context import positions_of
-from autodeco.engines.megatron.loading import Place, load_stage
+from autodeco.engines.megatron.loading import Place, load_stage, stored_state
 from autodeco.engines.megatron.model import (
     build_stage,
     stack_experts,
-    transformer_config,
 )
 from autodeco.engines.megatron.rotary import rotary_of
+from autodeco.engines.megatron.settings import transformer_config
 from autodeco.engines.padding import check_finite, lay_end_to_end, pad_batch
 from autodeco.family import Architecture
 from autodeco.files import read_json
@@ -69,12 +69,14 @@ class MegatronEngine:
         form_groups(layout, device)
         where = weights.path / "config.json"
         config = read_json(where)
-        self._rotary = rotary_of(config, str(where))
+        self._latent = shape.is_latent
+        self._rotary = rotary_of(config, str(where), shape.rope_head_dim or None)
         self.first = parallel_state.is_pipeline_first_stage()
         self.last = parallel_state.is_pipeline_last_stage()
         self._model = build_stage(
             transformer_config(shape, architecture, config, layout, dtype, device),
             shape,
+            architecture,
             first=self.first,
             last=self.last,
         )
@@ -89,6 +91,7 @@ class MegatronEngine:
         self._context_rank = int(parallel_state.get_context_parallel_rank())
         self.whole_samples = layout.context == 1
         self.packs = packing and layout.context == 1
+        self.stages = layout.pipeline
         tensor = parallel_state.get_tensor_model_parallel_rank()
         self.counts = bool(self.last and tensor == 0)
 
@@ -141,8 +144,13 @@ class MegatronEngine:
             starts = torch.tensor(bounds, dtype=torch.int32)
             positions = mine - torch.repeat_interleave(starts[:-1], starts.diff())
             cu_seqlens = starts.to(self.device)
-        cos, sin = self._rotary.tables(positions, self.dtype, self.device)
-        announce(self._model, Microbatch(cos, sin, bounds, cu_seqlens))
+        if self._latent:
+            angles = self._rotary.angles(positions).to(self.device)
+            now = Microbatch(None, None, bounds, cu_seqlens, angles, self._rotary.scale)
+        else:
+            cos, sin = self._rotary.tables(positions, self.dtype, self.device)
+            now = Microbatch(cos, sin, bounds, cu_seqlens)
+        announce(self._model, now)
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Runs the stage on ids [b, s], of this context rank; returns [b, s, d] on the last one."""
@@ -200,7 +208,7 @@ class MegatronEngine:
     def fingerprint(self) -> str:
         """Returns a sha256 over names, dtypes, shapes and bytes of this rank's parameters."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self._model.named_parameters()):
+        for name, tensor in sorted(stored_state(self._model)):
             tensor = tensor.detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.view(-1).view(torch.uint8).numpy().data)

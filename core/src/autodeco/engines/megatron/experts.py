@@ -16,23 +16,31 @@ class GroupedExperts(SequentialMLP):  # type: ignore[misc]  # megatron-core is u
     torch has no grouped product (on CPU, in float32), the loop is used.
     """
 
-    _first: Tensor | None = None
-    _second: Tensor | None = None
+    _weights: tuple[Tensor, Tensor] | None = None
+    _biases: tuple[Tensor, Tensor] | None = None
 
     def stack(self) -> None:
         """Moves the experts' weights into one block a layer; call it once they are loaded."""
-        if not _has_grouped_product(self.local_experts[0].linear_fc1.weight):
+        config = self.config
+        if not config.gated_linear_unit or not _has_grouped_product(
+            self.local_experts[0].linear_fc1.weight
+        ):
             return
+        self._weights = self._stacked("weight")
+        if config.add_bias_linear:
+            self._biases = self._stacked("bias")
+
+    def _stacked(self, name: str) -> tuple[Tensor, Tensor]:
         blocks = []
-        for name in ("linear_fc1", "linear_fc2"):
-            weights = [getattr(expert, name).weight for expert in self.local_experts]
-            shape = (len(weights), *weights[0].shape)
-            block = torch.empty(shape, dtype=weights[0].dtype, device=weights[0].device)
-            for place, weight in zip(block, weights, strict=True):
-                place.copy_(weight.data)
-                weight.data = place  # the old storage goes as the new one is filled
+        for layer in ("linear_fc1", "linear_fc2"):
+            tensors = [getattr(getattr(expert, layer), name) for expert in self.local_experts]
+            shape = (len(tensors), *tensors[0].shape)
+            block = torch.empty(shape, dtype=tensors[0].dtype, device=tensors[0].device)
+            for place, tensor in zip(block, tensors, strict=True):
+                place.copy_(tensor.data)
+                tensor.data = place  # the old storage goes as the new one is filled
             blocks.append(block)
-        self._first, self._second = blocks
+        return blocks[0], blocks[1]
 
     def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probabilities: Tensor) -> Any:
         """Applies each expert to its tokens.
@@ -43,17 +51,33 @@ class GroupedExperts(SequentialMLP):  # type: ignore[misc]  # megatron-core is u
             probabilities: [n], the router's weight of each token.
 
         Returns:
-            [n, d] and None (there are no biases).
+            [n, d] and None: biases are in it.
         """
-        if self._first is None or self._second is None or not len(hidden):
+        if self._weights is None or not len(hidden):
             return super().forward(hidden, tokens_per_expert, probabilities)
-        ends = tokens_per_expert.to(hidden.device).cumsum(0).to(torch.int32)
-        inner = _product(hidden, self._first, ends)
-        gate, up = inner.chunk(2, dim=-1)
+        counts = tokens_per_expert.to(hidden.device)
+        ends = counts.cumsum(0).to(torch.int32)
+        inner = _product(hidden, self._weights[0], ends)
+        if self._biases is not None:
+            inner += self._biases[0].repeat_interleave(counts, 0, output_size=len(hidden))
+        inner = self._gate(inner)
         # as megatron-core does: the router's weight in float32, before the second product
-        inner = torch.nn.functional.silu(gate) * up
-        inner = (inner * probabilities.unsqueeze(-1)).to(hidden.dtype)
-        return _product(inner, self._second, ends), None
+        scale = probabilities.unsqueeze(-1)
+        out = _product((inner * scale).to(hidden.dtype), self._weights[1], ends)
+        if self._biases is not None:
+            bias = self._biases[1].repeat_interleave(counts, 0, output_size=len(hidden))
+            out += (bias * scale).to(out.dtype)
+        return out, None
+
+    def _gate(self, inner: Tensor) -> Tensor:
+        gate, up = inner.chunk(2, dim=-1)
+        limit = self.config.activation_func_clamp_value
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        if self.config.glu_linear_offset:
+            up = up + self.config.glu_linear_offset
+        gated: Tensor = self.config.activation_func(gate) * up
+        return gated
 
 
 def _has_grouped_product(weight: Tensor) -> bool:

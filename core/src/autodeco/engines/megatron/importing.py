@@ -198,7 +198,7 @@ class _Import:
         """Goes the whole way."""
         form_groups(ParallelLayout(), _CPU)
         pieces, objects = self.ranks.from_first(self._layout)
-        with ShardReader(self.weights.path) as reader:
+        with ShardReader(self.weights.path, self.weights.formats) as reader:
             source = PieceSource(self.weights, reader)
             self.ranks.agree(lambda: _check_alike(pieces, source))
             groups = split(pieces, lambda piece: source.dtype(piece).itemsize, self.part_bytes)

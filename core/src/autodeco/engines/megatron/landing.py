@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodeco.convert.operations import Region
 from autodeco.convert.shards import ShardReader
 from autodeco.engines.megatron.loading import Place, _local_target, parameters_by_target
 from autodeco.errors import WeightsError
@@ -154,7 +155,7 @@ class Ledger:
         )
 
     def _balance(self, name: str, rule: BoundRule, held: dict[int, list[int]]) -> None:
-        whole = sum(prod(size) for size in rule.source_sizes)
+        whole = sum(prod(part.size) for part in rule.parts)
         landed = sum(elements for elements, _ in held.values())
         if landed != whole:
             raise self._unbalanced(name, rule, f"{landed} of {whole} elements land")
@@ -166,7 +167,7 @@ class Ledger:
 
     def _groups(self, rule: BoundRule) -> int:
         """The parts that the ranks of a stage fall into, each of which holds another slice."""
-        if _of_expert(rule):
+        if rule.of_expert:
             return self.layout.expert * self.layout.expert_tensor
         return 1 if rule.rule.parallel_dim is None else self.layout.tensor
 
@@ -178,14 +179,10 @@ class Ledger:
         )
 
 
-def _of_expert(rule: BoundRule) -> bool:
-    return "{expert}" in rule.rule.target
-
-
 def _slice(rule: BoundRule, place: Place) -> int:
     if rule.rule.parallel_dim is None:
         return 0
-    return place.expert_tensor if _of_expert(rule) else place.tensor
+    return place.expert_tensor if rule.of_expert else place.tensor
 
 
 class _ShapeReader(ShardReader):
@@ -194,8 +191,7 @@ class _ShapeReader(ShardReader):
     def __init__(self, sizes: Mapping[str, Dims]) -> None:
         self._sizes = sizes
 
-    def read(self, name: str, dim: int = 0, rank: int = 0, ranks: int = 1) -> Tensor:
-        """Returns the slice number `rank` of `ranks` along `dim`, on the meta device."""
-        size = list(self._sizes[name])
-        size[dim] //= ranks
-        return torch.empty(size, device="meta")
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """Returns a block of a tensor, on the meta device."""
+        region = region or tuple((0, size) for size in self._sizes[name])
+        return torch.empty([stop - start for start, stop in region], device="meta")

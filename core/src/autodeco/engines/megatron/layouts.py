@@ -122,8 +122,8 @@ def _too_heavy(request: Request, layout: ParallelLayout) -> str | None:
     """Refuses by the weights alone: the average rank holds more than a rank may allocate."""
     whole = {True: 0, False: 0}
     for rule in request.bound.rules:
-        size = sum(prod(size) for size in rule.source_sizes)
-        whole["{expert}" in rule.rule.target] += size * request.dtype.itemsize
+        size = sum(prod(part.size) for part in rule.parts)
+        whole[rule.of_expert] += size * request.dtype.itemsize
     spread = layout.expert * layout.expert_tensor
     mean = (whole[False] / layout.tensor + whole[True] / spread) / layout.pipeline
     if mean <= request.budget:

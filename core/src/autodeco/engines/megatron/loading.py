@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from autodeco.convert.operations import pack
+from autodeco.convert.operations import read_target
 from autodeco.convert.shards import ShardReader
 from autodeco.convert.stored_reader import StoredReader
 from autodeco.errors import NumericsError, WeightsError
@@ -40,11 +40,12 @@ class Place:
     expert_tensor_ranks: int
 
 
-def parameters_by_target(model: Any, shape: ModelShape, place: Place) -> dict[str, nn.Parameter]:
-    """Returns a stage's parameters under the names that the whole model has for them."""
+def parameters_by_target(model: Any, shape: ModelShape, place: Place) -> dict[str, Tensor]:
+    """Returns a stage's parameters, and buffers that a checkpoint has, under the names that the
+    whole model has for them."""
     experts = shape.num_experts // place.expert_ranks
-    found: dict[str, nn.Parameter] = {}
-    for name, parameter in model.named_parameters():
+    found: dict[str, Tensor] = {}
+    for name, parameter in stored_state(model):
         target = _EXPERT.sub(lambda m: f"local_experts.{int(m[1]) + place.expert * experts}.", name)
         layer = _LAYER.match(target)
         if layer is not None:
@@ -52,6 +53,13 @@ def parameters_by_target(model: Any, shape: ModelShape, place: Place) -> dict[st
             target = f"decoder.layers.{number}.{target[layer.end() :]}"
         found[target] = parameter
     return found
+
+
+def stored_state(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yields a stage's parameters, and the buffers that a checkpoint has, with their names."""
+    yield from model.named_parameters()
+    kept = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
 
 
 def load_stage(model: Any, weights: ImportedWeights, place: Place) -> None:
@@ -87,30 +95,22 @@ def load_stage(model: Any, weights: ImportedWeights, place: Place) -> None:
 def _open(weights: ImportedWeights) -> ShardReader | StoredReader:
     if weights.distributed is not None:
         return StoredReader(weights.distributed)
-    return ShardReader(weights.path)
+    return ShardReader(weights.path, weights.formats)
 
 
 def _local_target(
     rule: BoundRule, shape: ModelShape, place: Place, reader: ShardReader | StoredReader
 ) -> Tensor:
     """Reads this rank's slice of a target, or of every source, which it packs."""
-    of_expert = "{expert}" in rule.rule.target
-    rank = place.expert_tensor if of_expert else place.tensor
-    ranks = place.expert_tensor_ranks if of_expert else place.tensor_ranks
-    dim = rule.rule.parallel_dim
+    rank = place.expert_tensor if rule.of_expert else place.tensor
+    ranks = place.expert_tensor_ranks if rule.of_expert else place.tensor_ranks
     if isinstance(reader, StoredReader):
+        dim = rule.rule.parallel_dim
         return reader.read(rule.target, dim or 0, *((0, 1) if dim is None else (rank, ranks)))
-    if dim is None or ranks == 1:
-        return pack(rule, shape, [reader.read(name) for name in rule.sources])
-    parts = [reader.read(name, dim, rank, ranks) for name in rule.sources]
-    sizes = tuple(tuple(part.shape) for part in parts)
-    local = dataclasses.replace(
-        shape, num_heads=shape.num_heads // ranks, num_kv_heads=shape.num_kv_heads // ranks
-    )
-    return pack(dataclasses.replace(rule, source_sizes=sizes), local, parts)
+    return read_target(rule, shape, reader, rank, ranks)
 
 
-def _fill(parameter: nn.Parameter, value: Tensor, name: str, rule: BoundRule) -> None:
+def _fill(parameter: Tensor, value: Tensor, name: str, rule: BoundRule) -> None:
     if parameter.shape != value.shape:
         raise WeightsError(
             f"the engine's {name!r} has the shape {tuple(parameter.shape)}, the checkpoint gives "

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
 from autodeco.engines.megatron.attention import SdpaCoreAttention
 from autodeco.engines.megatron.experts import GroupedExperts
+from autodeco.engines.megatron.norms import AllHeadsNorm, NormedResidual
+from autodeco.engines.megatron.rotary import MicrobatchRotary
 from autodeco.family import Architecture, ModelShape
-from autodeco.layout import ParallelLayout
 
 
 def stack_experts(model: Any) -> None:
@@ -79,86 +81,24 @@ class KeepHidden(nn.Module):
         return {name: entry}
 
 
-def transformer_config(
-    shape: ModelShape,
-    architecture: Architecture,
-    config: Mapping[str, Any],
-    layout: ParallelLayout,
-    dtype: torch.dtype,
-    device: torch.device,
+def build_stage(
+    config: Any, shape: ModelShape, architecture: Architecture, *, first: bool, last: bool
 ) -> Any:
-    """Returns megatron-core's TransformerConfig of a checkpoint.
-
-    Args:
-        shape: The model's sizes.
-        architecture: Adds its own fields.
-        config: The checkpoint's ``config.json``.
-        layout: How the model is spread.
-        dtype: Of the weights and of what stages send each other.
-        device: Where the stage lives.
-    """
-    values: dict[str, Any] = {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "num_attention_heads": shape.num_heads,
-        "num_query_groups": shape.num_kv_heads,
-        "kv_channels": shape.head_dim,
-        "ffn_hidden_size": shape.ffn_size or shape.expert_ffn_size,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config["rms_norm_eps"],
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "perform_initialization": False,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "context_parallel_size": layout.context,
-        "expert_model_parallel_size": layout.expert,
-        "expert_tensor_parallel_size": layout.expert_tensor,
-    }
-    if layout.pipeline > 1:
-        values["num_layers_in_first_pipeline_stage"] = layout.first_stage_layers
-        values["num_layers_in_last_pipeline_stage"] = layout.last_stage_layers
-    if shape.num_experts:
-        values |= {
-            "num_moe_experts": shape.num_experts,
-            "moe_router_topk": shape.experts_per_token,
-            "moe_ffn_hidden_size": shape.expert_ffn_size,
-            "moe_router_pre_softmax": False,
-            "moe_router_load_balancing_type": "none",
-            "moe_aux_loss_coeff": 0.0,
-            "moe_grouped_gemm": False,
-            "moe_token_dispatcher_type": "alltoall" if device.type == "cuda" else "allgather",
-        }
-    return TransformerConfig(**{**values, **architecture.megatron})
-
-
-def build_stage(config: Any, shape: ModelShape, *, first: bool, last: bool) -> Any:
     """Builds one stage on the current device, its parameters unset.
 
     Args:
         config: Of `transformer_config`.
         shape: The model's sizes.
+        architecture: Says where the norms stand.
         first: The stage holds the embedding.
         last: The stage holds the final norm and the output layer.
     """
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    for layer in spec.layer_specs:
-        layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
-        if shape.num_experts:
-            layer.submodules.mlp.submodules.experts.module = GroupedExperts
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization
+    )
+    # of layers that are alike the spec may have one object several times
+    for layer in {id(layer): layer for layer in spec.layer_specs}.values():
+        _adapt(layer.submodules, config, shape, architecture)
     model = GPTModel(
         config,
         spec,
@@ -173,8 +113,29 @@ def build_stage(config: Any, shape: ModelShape, *, first: bool, last: bool) -> A
     for module in model.modules():
         if type(module) is MLP:  # a layer knows MLP by its name, and what to give it
             module.__class__ = GatedMLP
+        elif isinstance(module, MLASelfAttention):
+            module.rotary_pos_emb = MicrobatchRotary()
     if last:
         tied = first and shape.tied_embeddings
         weight = model.embedding.word_embeddings.weight if tied else model.output_layer.weight
         model.output_layer = KeepHidden(weight, shape.tied_embeddings)
     return model.eval().requires_grad_(False)
+
+
+def _adapt(layer: Any, config: Any, shape: ModelShape, architecture: Architecture) -> None:
+    """Puts our modules into the spec of a layer."""
+    attention = layer.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if architecture.qk_norm == "all_heads":
+        width = shape.head_dim
+        attention.q_layernorm = ModuleSpec(AllHeadsNorm, {"width": shape.num_heads * width})
+        attention.k_layernorm = ModuleSpec(AllHeadsNorm, {"width": shape.num_kv_heads * width})
+    if architecture.norms == "behind":
+        norm = layer.input_layernorm
+        layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
+        layer.self_attn_bda = layer.mlp_bda = ModuleSpec(
+            NormedResidual, {"config": config, "norm": norm}
+        )
+    experts = getattr(layer.mlp.submodules, "experts", None)
+    if experts is not None:
+        experts.module = GroupedExperts

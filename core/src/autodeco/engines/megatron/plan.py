@@ -26,7 +26,7 @@ from autodeco.engines.megatron.memory import (
     measure,
     replaced,
 )
-from autodeco.engines.megatron.model import transformer_config
+from autodeco.engines.megatron.settings import transformer_config
 from autodeco.errors import EnvironmentProblem
 from autodeco.family import Architecture
 from autodeco.hookspecs import ImportedWeights

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autodeco.errors import WeightsError
 
@@ -27,21 +27,52 @@ class Rotary:
     frequencies: Tensor
     scale: float
 
+    def angles(self, positions: Tensor) -> Tensor:
+        """Returns float32 [s, 1, 1, width / 2] of positions int64 [s]."""
+        return positions.to(torch.float32).outer(self.frequencies)[:, None, None]
+
     def tables(
         self, positions: Tensor, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of positions int64 [s], each [s, 1, 1, width / 2]."""
-        angles = positions.to(torch.float32).outer(self.frequencies)[:, None, None]
+        angles = self.angles(positions)
         cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
         return cos.to(device, dtype), sin.to(device, dtype)
 
 
-def rotary_of(config: Mapping[str, Any], where: str) -> Rotary:
+class MicrobatchRotary(nn.Module):
+    """Gives latent attention, which rotates itself, the angles of the microbatch in hand.
+
+    Attributes:
+        angles: float32 [s, 1, 1, width / 2]; the engine sets them.
+        scale: See `Rotary.scale`.
+    """
+
+    angles: Tensor | None = None
+    scale: float = 1.0
+
+    def get_rotary_seq_len(self, *_: Any) -> int:
+        """Returns what megatron-core passes on to `forward`."""
+        return 0
+
+    def forward(self, *_: Any, **__: Any) -> tuple[Tensor, float]:
+        """Returns the angles [s, 1, 1, width] and the factor of cosines and sines."""
+        assert self.angles is not None, "the engine announces every microbatch"
+        return torch.cat((self.angles, self.angles), dim=-1), self.scale
+
+
+def rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a ``config.json`` says of its rotary embedding, where it says it."""
+    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+
+
+def rotary_of(config: Mapping[str, Any], where: str, width: int | None = None) -> Rotary:
     """Reads a checkpoint's rotary embedding; scaled frequencies are those of transformers.
 
     Args:
         config: Its ``config.json``.
         where: For messages.
+        width: What rotates of a head, where it is not the usual share of it.
 
     Raises:
         WeightsError: A value is missing or wrong, or its kind is one of `REFUSED` or unknown to
@@ -49,7 +80,7 @@ def rotary_of(config: Mapping[str, Any], where: str) -> Rotary:
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope = rope_values(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is None:
@@ -67,7 +98,8 @@ def rotary_of(config: Mapping[str, Any], where: str) -> Rotary:
     if kind != "default":
         return _scaled(config, kind, where)
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    width = width or head
     exponent = torch.arange(0, int(width * share), 2, device="cpu", dtype=torch.float32)
     return Rotary(1.0 / float(theta) ** (exponent / int(width * share)), 1.0)
 

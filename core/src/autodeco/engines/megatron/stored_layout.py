@@ -13,7 +13,8 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 
 from autodeco.convert.stored import Piece
-from autodeco.engines.megatron.model import build_stage, transformer_config
+from autodeco.engines.megatron.model import build_stage
+from autodeco.engines.megatron.settings import transformer_config
 from autodeco.errors import WeightsError
 from autodeco.family import Architecture
 from autodeco.hookspecs import ImportedWeights
@@ -48,7 +49,7 @@ def stored_layout(
     settings = transformer_config(shape, architecture, config, layout, torch.bfloat16, cpu)
     settings.use_cpu_initialization = True  # otherwise it names its device itself
     with torch.device("meta"):
-        model = build_stage(settings, shape, first=True, last=True)
+        model = build_stage(settings, shape, architecture, first=True, last=True)
     found: dict[str, list[Piece]] = {}
     objects: list[str] = []
     for name, entry in model.sharded_state_dict(prefix=PREFIX).items():

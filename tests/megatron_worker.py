@@ -1,4 +1,7 @@
-"""One rank of `test_megatron`: logits and training of several layouts in one group of processes."""
+"""One rank of the megatron tests: logits and training of several cases in one group of processes.
+
+python megatron_worker.py ROOT CASES NAME DEVICE    # RANK and WORLD_SIZE set; cpu or cuda
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from autodeco.training.logging import METRICS, read_metrics
 from autodeco_plugin_qwen3.family import FAMILY
 
 STEPS = 20
-CPU = torch.device("cpu")
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 
 def samples(count: int, vocabulary: int, seed: int) -> SampleSet:
@@ -44,6 +47,7 @@ def samples(count: int, vocabulary: int, seed: int) -> SampleSet:
 
 
 def job_of(model: Path, preset: str, layout: str | None, **changes: Any) -> Job:
+    """A short training run; layout None: the hf engine."""
     values: dict[str, Any] = {
         "plugin": "qwen3",
         "preset": preset,
@@ -82,25 +86,25 @@ def logits(engine: Any, batches: list[TokenBatch]) -> dict[tuple[int, int], torc
 
 
 def trained(job: Job, engine: Any, out: Path) -> dict[str, Any]:
-    """Trains; returns every loss, the first gradient, and how far the heads went."""
+    """Trains; returns the first gradient and how far the heads went, on the CPU."""
     gradients: list[torch.Tensor] = []
     plain = loop.add_gradients
 
     def record(flat: torch.Tensor) -> None:
         plain(flat)
         if not gradients:
-            gradients.append(flat.clone())
+            gradients.append(flat.cpu().clone())
 
     loop.add_gradients = record
-    heads = new_heads(job, engine.hidden_size, CPU)
-    start = torch.cat([p.detach().flatten().clone() for p in heads.parameters()])
+    heads = new_heads(job, engine.hidden_size, engine.device)
+    start = torch.cat([p.detach().flatten().cpu().clone() for p in heads.parameters()])
     train_set, held_out = samples(24, engine.vocab_size, 1), samples(4, engine.vocab_size, 2)
     quiet = Console(quiet=True)
     job = job.replace(epochs=10)
     arguments = (job, engine, heads, train_set, held_out, out, "tiny")
     loop.train(*arguments, digest="0", console=quiet)
     loop.add_gradients = plain
-    end = torch.cat([p.detach().flatten() for p in heads.parameters()])
+    end = torch.cat([p.detach().flatten().cpu() for p in heads.parameters()])
     return {"gradient": gradients[0], "moved": end - start}
 
 
@@ -111,15 +115,17 @@ def alike(tensor: torch.Tensor) -> bool:
     return all(torch.equal(parts[0], part) for part in parts)
 
 
-def case(model: Path, preset: str, layout: str, root: Path, name: str) -> dict[str, Any]:
-    job = job_of(model, preset, layout)
-    weights = open_source(FAMILY, job)
-    engine = build_engine(job, weights, FAMILY)
+def case(
+    model: Path, preset: str, layout: str | None, root: Path, name: str, device: torch.device
+) -> dict[str, Any]:
+    """Logits and training at one layout (None: the hf engine), against the hf engine."""
+    job = job_of(model, preset, layout, device=str(device))
+    engine = build_engine(job, open_source(FAMILY, job), FAMILY)
     batch = samples(6, engine.vocab_size, 3).samples
     batches = [pack(batch[:4]), pack(batch[4:])]
     got = logits(engine, batches)
-    report: dict[str, Any] = {"preset": preset, "layout": layout}
-    reference = logits(HFEngine(model, CPU, torch.float32), batches)
+    report: dict[str, Any] = {"preset": preset, "layout": layout or "hf"}
+    reference = logits(HFEngine(model, device, torch.float32), batches)
     worst = max((float((got[k] - reference[k]).abs().max()) for k in got), default=0.0)
     out = root / name
     result = trained(job, engine, out)
@@ -139,22 +145,34 @@ def case(model: Path, preset: str, layout: str, root: Path, name: str) -> dict[s
 
 
 def losses(out: Path) -> list[float]:
+    """The training losses of a run."""
     return [row["loss"] for row in read_metrics(out / METRICS) if row["kind"] == "train"]
+
+
+def device_of(kind: str, rank: int) -> torch.device:
+    """This rank's device; float32 is float32 there."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = torch.device(kind, rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    root, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    root, cases, name, kind = Path(sys.argv[1]), json.loads(sys.argv[2]), *sys.argv[3:5]
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    meeting = f"file://{root / sys.argv[3]}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    device = device_of(kind, rank)
+    meeting = f"file://{root / name}"
+    dist.init_process_group(BACKENDS[kind], init_method=meeting, rank=rank, world_size=world)
     reports = [
-        case(root / preset, preset, layout, root, f"{sys.argv[3]}-{number}")
+        case(root / preset, preset, layout, root, f"{name}-{number}", device)
         for number, (preset, layout) in enumerate(cases)
     ]
     if rank == 0:
-        (root / f"{sys.argv[3]}.json").write_text(json.dumps(reports))
+        (root / f"{name}.json").write_text(json.dumps(reports))
     dist.barrier()
     dist.destroy_process_group()
 
