@@ -164,6 +164,9 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core 
     ) -> Tensor:
         """Sequences end to end, [n, heads, width], in one call of flash attention."""
         left = -1 if self.window is None else self.window
+        width = value.shape[-1]
+        if width < query.shape[-1]:  # latent attention; the kernel wants like widths
+            value = nn.functional.pad(value, (0, query.shape[-1] - width))
         out, lse = varlen.varlen_attn(
             query, key, value, cu_seqlens, cu_seqlens, longest, longest,
             return_aux=varlen.AuxRequest(lse=True), scale=self.scale, window_size=(left, 0), **_GQA,
@@ -173,7 +176,7 @@ class SdpaCoreAttention(MegatronModule):  # type: ignore[misc]  # megatron-core 
                 lse = lse.t()
             # one more score in the denominator: exp(lse) / (exp(lse) + exp(sink))
             out = out * torch.sigmoid(lse - self.softmax_offset.float())[..., None].to(out.dtype)
-        return out
+        return out[..., :width]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Queries [s, b, heads, width] of the last positions of the keys, causally."""

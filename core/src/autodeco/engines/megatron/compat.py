@@ -76,7 +76,7 @@ def _groups_are_ranked_otherwise() -> bool:
     from megatron.core.transformer.moe import moe_utils
 
     # the best expert is in the first group, the best two are in the second
-    scores = torch.tensor([[0.9, 0.1, 0.8, 0.7]])
+    scores = torch.tensor([[0.9, 0.1, 0.8, 0.7]], device="cpu")
     _, chosen = moe_utils.group_limited_topk(scores, 1, 1, 4, 2, 1)
     return bool(chosen.tolist() != [[2]])
 

@@ -19,6 +19,7 @@ from autodeco.hookspecs import ImportedWeights
 from autodeco.weights import BoundRule
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LAST_BIAS = ".linear_fc2.bias"
 _EXPERT = re.compile(r"local_experts\.(\d+)\.")
 
 
@@ -106,8 +107,12 @@ def _local_target(
     ranks = place.expert_tensor_ranks if rule.of_expert else place.tensor_ranks
     if isinstance(reader, StoredReader):
         dim = rule.rule.parallel_dim
-        return reader.read(rule.target, dim or 0, *((0, 1) if dim is None else (rank, ranks)))
-    return read_target(rule, shape, reader, rank, ranks)
+        value = reader.read(rule.target, dim or 0, *((0, 1) if dim is None else (rank, ranks)))
+    else:
+        value = read_target(rule, shape, reader, rank, ranks)
+    # the ranks that split an expert each add its last bias before their sums are added
+    shared = rule.of_expert and ranks > 1 and rule.target.endswith(_LAST_BIAS)
+    return value / ranks if shared else value
 
 
 def _fill(parameter: Tensor, value: Tensor, name: str, rule: BoundRule) -> None:

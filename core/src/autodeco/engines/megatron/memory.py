@@ -142,7 +142,7 @@ def as_if_on_a_gpu() -> Iterator[None]:
     def attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         scale = {"scale": kwargs.get("scale")}
         out: Tensor
-        if q.dtype != torch.float32:
+        if q.dtype != torch.float32 and q.shape[-1] == v.shape[-1]:
             out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, **scale)[0]
         elif q.shape[1] == k.shape[1]:
             efficient = torch.ops.aten._scaled_dot_product_efficient_attention

@@ -83,10 +83,10 @@ def transformer_config(
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
         "tensor_model_parallel_size": layout.tensor,
+        "expert_tensor_parallel_size": 1,
         "pipeline_model_parallel_size": layout.pipeline,
         "context_parallel_size": layout.context,
         "expert_model_parallel_size": layout.expert,
-        "expert_tensor_parallel_size": layout.expert_tensor,
     }
     if layout.pipeline > 1:
         values["num_layers_in_first_pipeline_stage"] = layout.first_stage_layers
@@ -104,6 +104,9 @@ def transformer_config(
             where=", ".join(f"{name}={value!r}" for name, value in own.items()),
             fix="correct `megatron` of the architecture",
         ) from error
+    # Not among the values: megatron-core refuses biases of experts that are split, since each rank
+    # adds them. `loading` gives each rank its share of them.
+    made.expert_tensor_parallel_size = layout.expert_tensor
     _refuse_split_sequences(made, layout)
     return made
 
