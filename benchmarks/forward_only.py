@@ -74,10 +74,9 @@ def samples(count: int, longest: int) -> list[Sample]:
 def build_engine(directory: Path) -> Any:
     """The engine of this rank, over a random checkpoint that rank 0 writes."""
     from autodeco.convert.random_checkpoint import write_random_checkpoint
-    from autodeco.convert.safetensors_header import read_checkpoint
-    from autodeco.convert.source import check_sizes
+    from autodeco.convert.source import open_source
     from autodeco.engines.megatron.engine import MegatronEngine
-    from autodeco.hookspecs import ImportedWeights
+    from autodeco.job import Job
     from autodeco.layout import ParallelLayout
 
     resolution = Registry().resolve("qwen3", None, "8b")
@@ -86,10 +85,8 @@ def build_engine(directory: Path) -> Any:
     if dist.get_rank() == 0:
         write_random_checkpoint(family, preset, directory / "model")
     dist.barrier()
-    infos = read_checkpoint(directory / "model")
-    bound = family.weight_map.bind(preset.shape, infos)
-    check_sizes(bound, infos, who=family.id)
-    weights = ImportedWeights(directory / "model", "hf", bound, preset.shape)
+    family = dataclasses.replace(family, presets=(preset,))
+    weights = open_source(family, Job(model=directory / "model", preset=preset.name))
     architecture = family.architecture(preset.architecture)
     layout = ParallelLayout(pipeline=STAGES)
     return MegatronEngine(weights, architecture, layout, torch.device("cpu"), torch.float32)

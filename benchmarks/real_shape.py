@@ -6,8 +6,10 @@
 Builds a random checkpoint of the preset's shape with transformers (several shards), training data
 of token ids over the whole vocabulary, then runs the command line as a user would. The first
 process is killed (SIGKILL) as soon as the checkpoint of the second step stands; the second one
-finishes. Prints one JSON object: seconds a stage, tokens a second, and the peak memory of both
-processes beside the size of the weights.
+finishes. With `--ranks` the run is under torchrun and nothing is killed: its processes would live
+on. Prints one JSON object: seconds a stage, tokens a second, and the peak memory of the processes
+beside the size of the weights. The first steps of a process are cold and few are run here:
+`training_step.py` is what measures an engine.
 """
 
 from __future__ import annotations
@@ -42,9 +44,7 @@ def build_checkpoint(plugin: str, preset: str, directory: Path, device: str) -> 
     family, chosen = resolution.family, resolution.preset
     demo = next(p for p in family.presets if p.checkpoint)
     if not (directory / "model.safetensors.index.json").exists():
-        values = family.architecture(chosen.architecture).config_json(
-            chosen.shape, chosen.config
-        )
+        values = family.architecture(chosen.architecture).config_json(chosen.shape, chosen.config)
         values.pop("architectures", None)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         shard = "400MB" if chosen.shape.num_layers < 30 else "4GB"
@@ -89,12 +89,18 @@ def command(options: argparse.Namespace) -> list[str]:
         "max-new-tokens": 8,
         "evaluate-problems": 2,
     }
-    line = [sys.executable, "-m", "autodeco", "run", "--json"]
+    if options.layout:
+        values["layout"] = options.layout
+    line = [sys.executable, "-m"]
+    if options.ranks > 1:
+        line += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+        line += ["-m"]
+    line += ["autodeco", "run", "--json"]
     return line + [part for key, value in values.items() for part in (f"--{key}", str(value))]
 
 
 def run(options: argparse.Namespace, kill_after_steps: int | None) -> tuple[str, dict[str, float]]:
-    """One process; returns its standard output, and its seconds and peak resident memory."""
+    """One run; returns its standard output, its seconds and the peak memory of a process."""
     began = time.monotonic()
     log, told = options.work / "log.txt", options.work / "stdout.json"
     with log.open("ab") as errors, told.open("wb") as output:
@@ -129,6 +135,8 @@ def main() -> None:
     parser.add_argument("--global-batch", type=int, default=4)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--engine", default="hf")
+    parser.add_argument("--layout")
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -136,7 +144,7 @@ def main() -> None:
     config = json.loads((options.work / "model" / "config.json").read_text())
     build_data(options.work / "train.jsonl", options.samples, options.length, config["vocab_size"])
     stories.write_problems(options.work / "problems.jsonl", 0, count=2)
-    _, killed = run(options, kill_after_steps=2)
+    killed = run(options, kill_after_steps=2)[1] if options.ranks == 1 else None
     output, finished = run(options, kill_after_steps=None)
     summary = json.loads(output)
     rows = (Path(summary["run"]) / "metrics.jsonl").read_text().splitlines()
@@ -151,6 +159,7 @@ def main() -> None:
         "samples": options.samples,
         "steps": [row["step"] for row in steps],
         "tokens_per_second": round(speed, 1),
+        "tokens_per_second_each": [round(row["tokens_per_second"], 1) for row in steps],
         "stages": {row["stage"]: row["seconds"] for row in summary["stages"]},
         "killed": killed,
         "finished": finished,

@@ -7,9 +7,11 @@
 
 Trains new heads on a random bf16 checkpoint of the preset's shape (made once in --work by
 `real_shape.py`), random samples, every step a whole global batch. Prints one JSON line for each
---micro-batch-tokens: the seconds of every step, of which the first ones are cold, and the median of
-the others; on rank 0 and on the last one, the part of a step between the call of the objective and
-its end. `--uncapped` lets a pipeline have as large microbatches as it is told.
+--micro-batch-tokens: the seconds of every step and the median of the later ones. The first step is
+cold, and in the next few the heads of random labels are on their way to a bound, where the
+objective looks at most logits. Of a late step, on rank 0 and on the last one, the seconds between
+the calls of the objective and their ends. `--uncapped` lets a pipeline have as large microbatches
+as it is told.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from autodeco.training import batching, loop
 from autodeco.training.data import Sample, SampleSet
 from autodeco.training.logging import METRICS, read_metrics
 
-COLD = 3  # steps
+COLD = 6  # steps
 
 
 def samples(count: int, length: int, vocabulary: int) -> SampleSet:
@@ -97,7 +99,7 @@ def measure(options: argparse.Namespace, engine: Any, job: Job) -> dict[str, Any
     seconds = train(job, engine, data, COLD + options.steps)
     peak = torch.cuda.max_memory_allocated()
     with objective_timed() as objective:
-        train(job, engine, data, COLD)
+        train(job, engine, data, COLD + 1)
     mine = batching.microbatches(
         data.samples,
         job.micro_batch_tokens,
@@ -133,20 +135,6 @@ def measure(options: argparse.Namespace, engine: Any, job: Job) -> dict[str, Any
     return row
 
 
-def profile(options: argparse.Namespace, engine: Any, job: Job) -> None:
-    """Writes what torch.profiler sees of two steps, by GPU time and by CPU time."""
-    data = samples(job.global_batch, options.length, engine.vocab_size)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as found:
-        train(job, engine, data, 2)
-    averages = found.key_averages()
-    tables = [
-        averages.table(sort_by=key, row_limit=30, max_name_column_width=70)
-        for key in ("self_cuda_time_total", "self_cpu_time_total")
-    ]
-    options.profile.with_suffix(f".{rank()}.txt").write_text("\n".join(tables))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--plugin", default="qwen3")
@@ -159,8 +147,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-tokens", type=int, nargs="+", default=[16384])
     parser.add_argument("--no-packing", action="store_true")
     parser.add_argument("--uncapped", action="store_true")
-    parser.add_argument("--steps", type=int, default=8, help=f"after {COLD} cold ones")
-    parser.add_argument("--profile", type=Path, help="a file for torch.profiler's tables")
+    parser.add_argument("--steps", type=int, default=5, help=f"after {COLD} that do not count")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -198,8 +185,6 @@ def main() -> None:
         row["torch"] = torch.__version__
         if rank() == 0:
             print(json.dumps(row), flush=True)
-    if options.profile is not None:
-        profile(options, engine, job)
     if world_size() > 1:
         dist.destroy_process_group()
 

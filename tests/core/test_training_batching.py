@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autodeco.engines.padding import lay_end_to_end
+from autodeco.training import batching
 from autodeco.training.batching import (
     epoch_order,
     global_batch_at,
@@ -134,6 +135,40 @@ def test_packed_microbatches_partition_the_global_batch(
     assert max(loads) - min(loads) <= largest
     for batch in itertools.chain(*ranks):
         assert len(batch.ids) <= limit or len(batch.cu_seqlens) == 2
+
+
+@quick
+@given(LENGTHS, LIMIT, WORLD, st.booleans(), st.integers(2, 8))
+def test_a_pipeline_gets_the_same_samples_in_microbatches_no_larger(
+    lengths: list[int], limit: int, world: int, packed: bool, stages: int
+) -> None:
+    samples = samples_of(lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "FEWEST_TOKENS", 8)
+        ranks = [
+            microbatches(samples, limit, world_size=world, rank=rank, packed=packed, stages=stages)
+            for rank in range(world)
+        ]
+    found = [int(token) for batch in itertools.chain(*ranks) for token in batch.ids]
+    assert sorted(found) == sorted(int(t) for sample in samples for t in sample.ids)
+    share = -(-sum(lengths) // world)
+    largest = min(limit, max(8, -(-share // (batching.MICROBATCHES_A_STAGE * stages))))
+    for batch in itertools.chain(*ranks):
+        sizes = batch.cu_seqlens.diff()
+        cost = len(batch.ids) if packed else len(sizes) * int(sizes.max())
+        assert cost <= largest or len(sizes) == 1
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_pipeline_is_not_left_with_one_microbatch(packed: bool) -> None:
+    """A microbatch had been the whole share of a rank, and its stages worked one after another."""
+    samples = samples_of([1000] * 64)
+    for stages in (2, 4, 8):
+        found = microbatches(samples, 100_000, packed=packed, stages=stages)
+        assert len(found) >= 2 * stages
+    assert len(microbatches(samples, 100_000, packed=packed)) == 1
+    few = microbatches(samples[:4], 100_000, packed=packed, stages=8)
+    assert [len(batch.ids) for batch in few] == [2000, 2000], "small ones do not fill a GPU"
 
 
 @pytest.mark.parametrize("room", [0, 3])

@@ -23,7 +23,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 CASES = (*TWO, ("debug", None), ("debug-moe", None))  # None: the hf engine, data parallel
-LIMITS = Limits()
 SECONDS = 240
 
 
@@ -35,7 +34,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], dict[str
     expected = references(place, "cuda:0")
     torch.cuda.empty_cache()
     reports = launch(place, 2, CASES, "nccl", "cuda")
-    for report in reports:  # figures for docs/support-matrix.md, shown by pytest -s
+    for report in reports:  # the figures of docs/support-matrix.md, shown by pytest -s
         worst = {key: report[key] for key in ("logits", "gradient", "moved")}
         print(report["preset"], report["layout"], worst, worst_loss(report, expected))
     return reports, expected
@@ -45,7 +44,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], dict[str
 def test_two_gpus_give_the_logits_and_the_heads_of_one(
     found: tuple[list[Any], dict[str, list[float]]], number: int
 ) -> None:
-    check(found[0][number], found[1], LIMITS)
+    # the CPU's limits; two H100 came within 5e-6, 1.4e-6 (loss), 1.3e-7 (gradient), 2.3e-4 (moved)
+    check(found[0][number], found[1], Limits())
 
 
 def on_two_gpus(folder: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -71,15 +71,14 @@ def on_two_gpus(folder: Path, arguments: Sequence[str]) -> subprocess.CompletedP
         ("hf", "debug", "tp=1"),
     ],
 )
-@pytest.mark.parametrize("dtype", ["bfloat16"])
-def test_a_whole_run(tmp_path: Path, engine: str, preset: str, layout: str, dtype: str) -> None:
+def test_a_whole_run(tmp_path: Path, engine: str, preset: str, layout: str) -> None:
     values = {
         "plugin": "qwen3",
         "preset": preset,
         "engine": engine,
         "layout": layout,
         "device": "cuda",
-        "dtype": dtype,
+        "dtype": "bfloat16",
         "task-samples": 64,
         "global-batch": 8,
         "max-steps": 4,

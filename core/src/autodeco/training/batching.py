@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from autodeco.engines.base import TokenBatch
 from autodeco.training.data import Sample
 
-# A pipeline of p stages stands still for (p - 1) / (m + p - 1) of a step of m microbatches; below
-# some tokens a microbatch no longer fills a GPU.
+# A pipeline of p stages stands still for (p - 1) / (m + p - 1) of a step of m microbatches, and
+# each microbatch costs something of its own: docs/performance.md has the times.
 MICROBATCHES_A_STAGE = 2
-FEWEST_TOKENS = 1024
+FEWEST_TOKENS = 2048
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
