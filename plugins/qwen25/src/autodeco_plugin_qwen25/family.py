@@ -54,7 +54,7 @@ FAMILY = FamilySpec(
         ModelPreset(
             name="demo",
             architecture=QWEN2.name,
-            shape=ModelShape(4, 128, 4, 2, 32, 320, 592, True),
+            shape=ModelShape(4, 128, 4, 2, 32, 320, 1643, True),
             recipe=DEMO,
             checkpoint="demo",
             task="stories",
@@ -62,7 +62,7 @@ FAMILY = FamilySpec(
         ModelPreset(
             name="debug",
             architecture=QWEN2.name,
-            shape=ModelShape(3, 96, 6, 2, 16, 160, 1024, True),
+            shape=ModelShape(3, 96, 6, 2, 16, 160, 2048, True),
             recipe=DEBUG,
             random=True,
             tokenizer="demo",
