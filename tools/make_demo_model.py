@@ -8,6 +8,8 @@ depends on the family stands there. A key ``storage`` in it names the format of 
 that the family's published checkpoints have; the model is then trained on the weights as they will
 be read back. A key ``tokenizer`` names the kind of :func:`build_tokenizer`. The run is seeded; on
 the machine and the versions of torch and transformers that made it, it gives the same bytes again.
+The models that are shipped took 3000 steps (qwen3, on a CPU) and, with ``--device cuda``, 7000
+(qwen25), 6000 (llama31), 4500 (gpt_oss) and 4000 (deepseek_v3).
 """
 
 from __future__ import annotations
@@ -275,7 +277,8 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, required=True, help="the family's tiny config.json")
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a checkpoint of this tool to train further")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the stories")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -293,6 +296,8 @@ def main() -> None:
     storage = settings.pop("storage", None)
     form = storage_formats.FORMATS[storage]() if storage else None
     model = build_model(settings, tokenizer, options.seed)
+    if options.start:
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(options.start).state_dict())
     size = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}: {size / 1e6:.3f} M parameters, vocabulary {len(tokenizer)}")
     model.to(options.device).train()
