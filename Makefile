@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(sort $(wildcard plugins/*))
 PACKAGES := -e 'core[megatron]' $(addprefix -e ,$(PLUGINS))
-TOOLS := pytest pytest-timeout pytest-xdist hypothesis scipy ruff mypy import-linter build hatchling types-PyYAML
+TOOLS := pytest pytest-timeout pytest-xdist hypothesis scipy ruff mypy import-linter build hatchling twine types-PyYAML
 
 .PHONY: setup demo test test-all lint dist clean
 
@@ -36,8 +36,8 @@ lint: setup
 
 dist: setup
 	rm -rf dist
-	$(BIN)/python -m build -q --outdir dist core
-	for plugin in $(PLUGINS); do $(BIN)/python -m build -q --outdir dist $$plugin || exit; done
+	for source in core $(PLUGINS); do $(BIN)/python -m build -q --no-isolation --outdir dist $$source || exit; done
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache

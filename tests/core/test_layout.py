@@ -97,7 +97,7 @@ def test_one_process_has_the_whole_model_and_several_the_presets_layout() -> Non
 def test_without_megatron_core_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("autodeco.engines.select._has_megatron", lambda: False)
+    monkeypatch.setattr("autodeco.engines.select.has_megatron", lambda: False)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'autodeco\[megatron\]'"):
         choose_engine(Job(layout="pp=2"), SMALL, 2)
     assert choose_engine(Job(), SMALL, 2)[0] == "hf"

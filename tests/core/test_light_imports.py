@@ -20,6 +20,7 @@ CORE = Path(__file__).parents[2] / "core" / "src" / "autodeco"
         "autodeco.registry",
         "autodeco.pipeline",
         "autodeco.settings",
+        "autodeco.scaffold.writing",
         "autodeco_plugin_qwen3",
     ],
 )

@@ -100,6 +100,23 @@ def test_wrong_plugins_are_refused(thing: Any, message: str) -> None:
         Registry([Entry("qwen3", thing)]).get("qwen3")
 
 
+@pytest.mark.parametrize(("api", "taken"), [(1, False), (2, True), (3, True), (4, False)])
+def test_the_api_before_works_on_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, api: int, taken: bool
+) -> None:
+    monkeypatch.setattr("autodeco.registry.API", 3)
+    monkeypatch.setattr("autodeco.registry.OLDEST_API", 2)
+    (row,) = Registry([Entry("qwen3", plugin(api=api))]).rows()
+    assert (row.error is None) is taken
+    assert taken or row.error == f"written for api {api}; this autodeco speaks apis 2 to 3"
+
+
+def test_bug_a_plugin_that_names_no_api_claimed_the_newest() -> None:
+    """Its author cannot have written it for a contract that came later."""
+    (field,) = (item for item in dataclasses.fields(FamilySpec) if item.name == "api")
+    assert field.default == 1
+
+
 def test_ambiguous_alias_lists_the_ids() -> None:
     entries = [Entry(i, plugin(id=i, aliases=("same",))) for i in ("one", "two")]
     with pytest.raises(PluginError, match="one, two"):

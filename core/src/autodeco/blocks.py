@@ -6,7 +6,8 @@ own rules with `autodeco.weights`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from autodeco.family import ModelShape
 from autodeco.weights import Dims, Rule, copy, gate_up, qkv, tied
@@ -33,6 +34,25 @@ def dense_layers(s: ModelShape) -> range:
 def sparse_layers(s: ModelShape) -> range:
     """The layers with experts."""
     return s.sparse_layers
+
+
+def renamed(rules: Iterable[Rule], names: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Rules whose source tensors are called otherwise.
+
+    Args:
+        rules: Of the functions below.
+        names: A part of a name, such as ``self_attn.`` -> what stands in its place; in this order.
+    """
+
+    def other(name: str) -> str:
+        for old, new in names.items():
+            name = name.replace(old, new)
+        return name
+
+    return tuple(
+        replace(rule, sources=tuple(map(other, rule.sources)), twins=tuple(map(other, rule.twins)))
+        for rule in rules
+    )
 
 
 def _vocabulary(s: ModelShape) -> Dims:

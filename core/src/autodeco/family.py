@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 from autodeco.errors import PluginError, WeightsError
 from autodeco.layout import ParallelLayout
+from autodeco.recipes import TRAINING
 from autodeco.storage import StorageFormat
 from autodeco.weights import WeightMap
 
 __all__ = [
     "API",
+    "AUTO_PRESET",
+    "OLDEST_API",
     "Architecture",
     "FamilySpec",
     "FromConfig",
@@ -21,7 +24,9 @@ __all__ = [
     "ParallelLayout",
 ]
 
-API = 1
+API = 1  # what changes it, and how long the one before works: docs/releasing.md
+OLDEST_API = 1
+AUTO_PRESET = "auto"
 _MISSING = object()
 
 _DEFAULT_CONFIG_KEYS: dict[str, str] = {
@@ -89,6 +94,24 @@ class ModelShape:
         """Whether attention is multi-head latent attention."""
         return self.key_value_rank > 0
 
+    def impossible(self) -> str:
+        """Returns what no model can have of these sizes, in words; "": nothing."""
+        needed = [
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "vocab_size",
+        ]
+        needed += ["experts_per_token", "expert_ffn_size"] if self.num_experts else ["ffn_size"]
+        wrong = [f"{name} {getattr(self, name)}" for name in needed if getattr(self, name) < 1]
+        if not wrong and self.num_heads % self.num_kv_heads:
+            wrong = [f"{self.num_heads} heads over {self.num_kv_heads} key and value heads"]
+        if self.experts_per_token > self.num_experts:
+            wrong.append(f"{self.experts_per_token} of {self.num_experts} experts for a token")
+        return ", ".join(wrong)
+
 
 @dataclass(frozen=True)
 class FromConfig:
@@ -135,7 +158,8 @@ class Architecture:
     Attributes:
         name: The class in ``architectures``.
         model_type: ``model_type`` in ``config.json``.
-        config: Further keys and values of ``config.json`` that all sizes share.
+        config: Further keys and values of ``config.json`` that all sizes share; of a size, what it
+            is where the file leaves it out.
         config_keys: `ModelShape` field -> key, where it differs from the usual one ("": none).
         required: Keys whose values must be these if a checkpoint has them; the weight map and the
             engines rely on them.
@@ -198,17 +222,18 @@ class Architecture:
                 )
         values: dict[str, Any] = {"ffn_size": 0}
         for name, key in self.keys().items():
-            if config.get(key) is not None:
-                values[name] = config[key]
+            value = self.config.get(key) if config.get(key) is None else config[key]
+            if value is not None:
+                values[name] = value
                 wanted = bool if name == "tied_embeddings" else int
-                if type(config[key]) is not wanted:
+                if type(value) is not wanted:
                     raise WeightsError(
-                        f"{key!r} is {config[key]!r}, which is no {wanted.__name__}",
+                        f"{key!r} is {value!r}, which is no {wanted.__name__}",
                         where=where,
                         fix="use the config.json that came with the checkpoint",
                     )
             elif name == "head_dim":
-                values[name] = config["hidden_size"] // config["num_attention_heads"]
+                values[name] = values["hidden_size"] // max(1, values["num_heads"])
             elif name == "tied_embeddings":
                 values[name] = False
             else:
@@ -264,7 +289,8 @@ class FamilySpec:
         weight_map: From Hugging Face names to Megatron names, both ways.
         aliases: Other names for ``--plugin``.
         formats: Storage formats beyond the built-in ones of `autodeco.storage`.
-        api: The plugin contract that this was written for.
+        api: The plugin contract that this was written for; who says nothing was written for the
+            first one.
     """
 
     id: str
@@ -275,7 +301,7 @@ class FamilySpec:
     weight_map: WeightMap
     aliases: tuple[str, ...] = ()
     formats: tuple[StorageFormat, ...] = ()
-    api: int = API
+    api: int = 1
 
     def preset(self, name: str) -> ModelPreset:
         """Returns a preset by its name.
@@ -286,11 +312,45 @@ class FamilySpec:
         for preset in self.presets:
             if preset.name == name:
                 return preset
-        raise PluginError(
-            f"no preset {name!r}",
-            who=self.id,
-            fix="choose one of " + ", ".join(preset.name for preset in self.presets),
+        names = ", ".join(preset.name for preset in self.presets)
+        if name == AUTO_PRESET:
+            raise PluginError(
+                f"preset {AUTO_PRESET!r} takes its sizes from a checkpoint, and none is given",
+                who=self.id,
+                fix=f"add --model DIR, or choose one of {names}",
+            )
+        raise PluginError(f"no preset {name!r}", who=self.id, fix=f"choose one of {names}")
+
+    def preset_for(self, name: str, config: Mapping[str, Any], *, where: str) -> ModelPreset:
+        """Returns the preset that a job means, given its checkpoint.
+
+        Args:
+            name: As in ``--preset``; ``auto`` stands for a preset of the checkpoint's own sizes,
+                with the recipe `TRAINING` and no layout: that is chosen where the job starts.
+            config: The checkpoint's ``config.json``.
+            where: Its path, for messages.
+
+        Raises:
+            PluginError: There is no such preset, or the checkpoint is of another family.
+            WeightsError: A size is missing or impossible, or one of `Architecture.required`
+                differs.
+        """
+        if name != AUTO_PRESET:
+            return self.preset(name)
+        named = config.get("architectures")
+        architecture = self.architecture(
+            str(named[0]) if isinstance(named, list) and named else "?"
         )
+        shape = architecture.shape_of(config, where=where)
+        wrong = shape.impossible()
+        if wrong:
+            raise WeightsError(
+                f"the sizes of config.json are impossible: {wrong}",
+                who=self.id,
+                where=where,
+                fix="use the config.json that came with the checkpoint",
+            )
+        return ModelPreset(AUTO_PRESET, architecture.name, shape, recipe=TRAINING)
 
     def architecture(self, name: str) -> Architecture:
         """Returns an architecture by the name that ``config.json`` has.

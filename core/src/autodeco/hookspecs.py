@@ -47,12 +47,22 @@ class BuiltModel:
     """A frozen backbone on an engine.
 
     Attributes:
-        engine: See `autodeco.engines.base.Engine`.
+        engine: See `autodeco.engines.base.Engine`; None where heads are exported, which needs none.
         weights: What it was built from.
     """
 
     engine: Any
     weights: ImportedWeights
+
+    @property
+    def hidden_size(self) -> int:
+        """Returns d, the width of the hidden states that the heads read."""
+        return self.weights.shape.hidden_size
+
+    @property
+    def device(self) -> Any:
+        """Returns where the heads go: the engine's device; without an engine, the CPU."""
+        return "cpu" if self.engine is None else self.engine.device
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,8 @@ class HeadedModel:
 
     Attributes:
         model: The backbone.
-        heads: An `autodeco.heads.modules.DecodingHeads`, or a plugin's own module.
+        heads: An `autodeco.heads.modules.DecodingHeads`, or a plugin's subclass of it; see
+            `attach_heads`.
         checkpoint: Name of the training checkpoint that they are from; None while they train.
     """
 
@@ -93,12 +104,27 @@ def build_model(job: Job, weights: ImportedWeights) -> BuiltModel | None:
 
 @hookspec(firstresult=True)
 def attach_heads(job: Job, model: BuiltModel) -> HeadedModel | None:
-    """Adds the heads that will be trained."""
+    """Adds the heads that will be trained.
+
+    A plugin's own heads are a subclass of `DecodingHeads` whose parameters are float32 and on
+    `model.device`. Training calls its `temperature` and `top_p`, asks `needs_features`, takes
+    `temp_head` or `top_p_head` that is None for a head that is not there, and keeps its state dict
+    in checkpoints; their names and shapes are the plugin's. Only the width of the hidden layer,
+    ``HeadsConfig(intermediate_size=...)``, needs no subclass.
+    The hook is called again, without an engine and without ``init_heads``, for an export; the heads
+    then get the tensors of a checkpoint. So they must follow from the job and the model's sizes.
+    """
 
 
 @hookspec(firstresult=True)
 def export_heads(job: Job, model: HeadedModel, path: Path) -> HeadsArtifact | None:
-    """Writes the heads directory at `path`."""
+    """Writes the heads directory at `path`.
+
+    Merging, evaluation and every decoder read it by `autodeco.heads.files.load_heads`, which knows
+    ``Linear, ReLU, Linear, Sigmoid`` of any width. A plugin's own heads are written as that: it
+    overrides this hook, turns `model.heads` into plain `DecodingHeads` that give the same T and P,
+    and hands them to the default body.
+    """
 
 
 HOOKS = ("import_weights", "build_model", "attach_heads", "export_heads")

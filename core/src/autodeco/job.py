@@ -59,7 +59,10 @@ class Job:
 
     plugin: str | None = _option(None, "Plugin: a family's id or alias.", section="model")
     preset: str | None = _option(
-        None, "Preset of the family: one size with its recipe.", section="model", result=True
+        None,
+        "Preset of the family: one size with its recipe; auto: the sizes of --model.",
+        section="model",
+        result=True,
     )
     model: Path | None = _option(
         None, "Hugging Face checkpoint directory; default: the built-in model.", section="model"
@@ -73,7 +76,7 @@ class Job:
     layout: str | None = _option(
         None,
         "How the model is spread, as tp=2,pp=2,ep=1 (first=, last=: layers of these stages); "
-        "default: the preset's.",
+        "default: the preset's; of --preset auto: the best that fits the memory.",
         section="model",
     )
     device: str = _option(AUTO, "cpu, cuda or cuda:N.", section="model")

@@ -66,6 +66,7 @@ def run_job(
     Raises:
         AutodecoError: Something that the user can cure; nothing that was done is lost.
     """
+    from autodeco.engines.fitting import fitting_layout, is_to_be_fitted
     from autodeco.engines.select import choose_engine
 
     console = console or Console(stderr=True)
@@ -74,16 +75,17 @@ def run_job(
         if stage not in STAGES:
             raise UsageError(f"no stage {stage!r}", fix="choose from " + ", ".join(STAGES))
     resolution = resolution or registry.resolve(job.plugin, job.model, job.preset)
-    architecture = resolution.family.architecture(resolution.preset.architecture)
+    family, preset = resolution.family, resolution.preset
+    spread = job
+    if is_to_be_fitted(job, preset, world_size()):
+        spread = job.replace(layout=str(fitting_layout(job, family, preset, world_size())))
     # an impossible layout ends here
-    choose_engine(job, resolution.preset, world_size(), architecture)
+    choose_engine(spread, preset, world_size(), family.architecture(preset.architecture))
     job = job.replace(
-        plugin=resolution.family.id,
-        preset=resolution.preset.name,
-        name=job.name or f"{resolution.family.id}-{resolution.preset.name}",
+        plugin=family.id, preset=preset.name, name=job.name or f"{family.id}-{preset.name}"
     )
     with joined(job) as cluster:
-        return _Run(job, resolution, console, wanted, cluster).execute()
+        return _Run(job, resolution, console, wanted, cluster, spread.layout).execute()
 
 
 class _Run:
@@ -96,8 +98,10 @@ class _Run:
         console: Console,
         wanted: Sequence[str],
         cluster: Cluster,
+        layout: str | None,
     ) -> None:
         self.cluster = cluster
+        self.layout = layout
         self.resolution = resolution
         self.hooks = resolution.hooks()
         self.console = console
@@ -105,13 +109,14 @@ class _Run:
         self.again = _AFTER_TRAINING.issuperset(wanted)
         self.state = _State()
         self.inputs: Inputs
-        self.job = job
+        self.job, self.asked_layout = job, job.layout
 
     def execute(self) -> RunSummary:
         """Opens the run directory under its lock and goes through the stages."""
         cluster, first = self.cluster, rank() == 0
         digests = cluster.together(lambda: Inputs.digests(self.job, self.resolution))
         cluster.same_inputs(digests)
+        cluster.same_layout(self.layout)
         self.digest = self.job.digest(digests)
         self.directory = self._open(digests)
         path = self.directory.path
@@ -123,7 +128,7 @@ class _Run:
                 # rank 0 writes the built-in inputs; the others find them
                 made = cluster.together(lambda: self._inputs() if first else None)
                 self.inputs = cluster.together(lambda: made or self._inputs())
-                self.job = self.inputs.job
+                self.job = self.inputs.job.replace(layout=self.layout)
                 self._announce()
                 for stage in self.wanted:
                     self._stage(stage)
@@ -171,6 +176,8 @@ class _Run:
             f"({self.resolution.reason}), model {escape(str(self.job.model))}",
             highlight=False,
         )
+        if self.layout != self.asked_layout:
+            self.console.print(f"layout {self.layout}, by the memory of the processes")
         self.console.print(escape(f"run directory {self.directory.path}"), highlight=False)
 
     def _stage(self, stage: str) -> None:
@@ -301,17 +308,17 @@ class _Run:
         return made, {"steps": result.steps, "best_step": result.best_step}
 
     def _export(self) -> tuple[str, dict[str, Any]]:
-        from autodeco.heads.files import load_heads
-        from autodeco.training.checkpoint import find_checkpoint
+        from autodeco.training.checkpoint import find_checkpoint, load_into
 
         checkpoint = find_checkpoint(self.directory.path / "checkpoints", self.job.checkpoint)
-        heads = load_heads(checkpoint).heads
-        model = self.state.model or BuiltModel(None, self._source())
+        model = BuiltModel(None, self._source())
+        fresh = self.hooks.attach_heads(job=self.job.replace(init_heads=None), model=model)
+        load_into(fresh.heads, checkpoint)
         target = self.directory.path / "heads"
         remove(self.directory.path / "merged")  # of the heads before
         remove(target)
         artifact = self.hooks.export_heads(
-            job=self.job, model=HeadedModel(model, heads, checkpoint.name), path=target
+            job=self.job, model=HeadedModel(model, fresh.heads, checkpoint.name), path=target
         )
         return f"{artifact.path} from {checkpoint.name}", {"checkpoint": checkpoint.name}
 

@@ -66,14 +66,26 @@ class FamilyPlugin:
         """Adds the temperature head and the top-p head."""
         from autodeco.heads.attach import new_heads
 
-        return HeadedModel(model, new_heads(job, model.engine.hidden_size, model.engine.device))
+        return HeadedModel(model, new_heads(job, model.hidden_size, model.device))
 
     @hookimpl
     def export_heads(self, job: Job, model: HeadedModel, path: Path) -> HeadsArtifact:
-        """Writes the heads directory."""
+        """Writes the heads directory.
+
+        Raises:
+            PluginError: The heads are not those that a heads directory holds.
+        """
         from autodeco.heads.attach import heads_metadata
         from autodeco.heads.files import save_heads
+        from autodeco.heads.modules import DecodingHeads
 
+        if type(model.heads) is not DecodingHeads:
+            raise PluginError(
+                f"the heads are {type(model.heads).__name__}, and a heads directory holds "
+                f"{DecodingHeads.__name__} alone",
+                who=self.family.id,
+                fix="override export_heads, and hand plain heads that give the same T and P to it",
+            )
         metadata = heads_metadata(job, self.family.id, model.model.weights.path)
         metadata |= {"temperature_scale": job.temperature_scale, "top_p_scale": job.top_p_scale}
         if model.checkpoint is not None:

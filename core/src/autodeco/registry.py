@@ -9,8 +9,8 @@ silently take a name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from importlib import metadata
@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import pluggy
 
 from autodeco import hookspecs
-from autodeco.errors import AutodecoError, PluginError, WeightsError
-from autodeco.family import API, FamilySpec, ModelPreset, ModelShape
-from autodeco.files import read_json
+from autodeco.errors import AutodecoError, PluginError
+from autodeco.family import API, AUTO_PRESET, OLDEST_API, FamilySpec, ModelPreset
 from autodeco.plugin import FamilyPlugin
+from autodeco.resolution import architecture_of, choose_preset, fits, read_config
 
 GROUP = "autodeco.plugins"
 
@@ -205,7 +205,7 @@ class Registry:
         if plugin is not None:
             row = self.get(plugin)
             assert row.plugin is not None
-            chosen, reason = _choose_preset(row, model, preset)
+            chosen, reason = choose_preset(row.plugin.family, row.who, model, preset)
             return Resolution(row.plugin, chosen, row, reason)
         if model is None:
             raise PluginError(
@@ -216,9 +216,9 @@ class Registry:
         return self._resolve_model(model, preset)
 
     def _resolve_model(self, model: Path, preset: str | None) -> Resolution:
-        config = _read_config(model)
+        config = read_config(model)
         model_id = str(config.get("_name_or_path") or model.name).lower()
-        architecture = _architecture(config)
+        architecture = architecture_of(config)
         matches: list[Resolution] = []
         unfit: list[PluginError] = []
         for row in self.rows():
@@ -230,11 +230,11 @@ class Registry:
             known = any(architecture == a.name for a in family.architectures)
             if not known:
                 continue
-            if preset is None and by_id is not None and _fits(family, by_id, config, model):
+            if preset is None and by_id is not None and fits(family, by_id, config, model):
                 matches.append(Resolution(row.plugin, by_id, row, f"model id {model_id}"))
             else:
                 try:
-                    chosen, reason = _choose_preset(row, model, preset)
+                    chosen, reason = choose_preset(row.plugin.family, row.who, model, preset)
                 except PluginError as error:
                     unfit.append(error)
                     continue
@@ -277,8 +277,11 @@ def _load(entry: EntryPoint) -> tuple[FamilyPlugin | None, str | None]:
         return None, f"{entry.value} is a class, not a plugin: give FamilyPlugin(FAMILY)"
     if not isinstance(plugin, FamilyPlugin) or not isinstance(plugin.family, FamilySpec):
         return None, f"{entry.value} is a {type(plugin).__name__}, not a FamilyPlugin"
-    if plugin.family.api != API:
-        return None, f"written for api {plugin.family.api}; this autodeco speaks api {API}"
+    if not OLDEST_API <= plugin.family.api <= API:
+        spoken = f"api {API}" if OLDEST_API == API else f"apis {OLDEST_API} to {API}"
+        return None, f"written for api {plugin.family.api}; this autodeco speaks {spoken}"
+    if any(preset.name == AUTO_PRESET for preset in plugin.family.presets):
+        return None, f"a preset of its is called {AUTO_PRESET!r}, which means the checkpoint's own"
     if plugin.family.id != entry.name:
         return None, f"its family's id is {plugin.family.id!r}, its entry point {entry.name!r}"
     return plugin, None
@@ -293,98 +296,4 @@ def _whole(row: PluginRow) -> PluginRow:
         fix="uninstall all but one of them"
         if "claim the id" in row.error
         else f"reinstall or upgrade {row.dist}, or report it to its author",
-    )
-
-
-def _read_config(model: Path, who: str | None = None) -> dict[str, Any]:
-    """Reads the ``config.json`` of a base checkpoint.
-
-    Raises:
-        WeightsError: It cannot be read, or is that of a merged checkpoint.
-    """
-    path = model / "config.json"
-    config = read_json(path, who=who)
-    if not isinstance(config, dict):
-        raise WeightsError(
-            f"the file holds a {type(config).__name__}, not an object",
-            who=who,
-            where=str(path),
-            fix="use the config.json that came with the checkpoint",
-        )
-    if "autodeco" in config or config.get("model_type") == "autodeco":
-        raise WeightsError(
-            "this is a merged checkpoint: it has heads already",
-            who=who,
-            where=str(model),
-            fix="give its base model; autodeco split --base takes the two apart",
-        )
-    return config
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else "?"
-
-
-def _fits(family: FamilySpec, preset: ModelPreset, config: dict[str, Any], model: Path) -> bool:
-    architecture = family.architecture(preset.architecture)
-    if _architecture(config) != architecture.name:
-        return False
-    return architecture.shape_of(config, where=str(model / "config.json")) == preset.shape
-
-
-def _choose_preset(
-    row: PluginRow, model: Path | None, preset: str | None
-) -> tuple[ModelPreset, str]:
-    assert row.plugin is not None
-    family = row.plugin.family
-    if model is None:
-        chosen = family.preset(preset) if preset else family.presets[0]
-        return chosen, "--preset" if preset else "the family's default preset"
-    where = str(model / "config.json")
-    config = _read_config(model, row.who)
-    try:
-        architecture = family.architecture(_architecture(config))
-        shape = architecture.shape_of(config, where=where)
-    except AutodecoError as error:
-        raise PluginError(error.what, who=row.who, where=where, fix=error.fix) from error
-    if preset:
-        chosen = family.preset(preset)
-        if chosen.shape != shape or chosen.architecture != architecture.name:
-            raise PluginError(
-                f"the checkpoint is not of preset {preset!r}: {_difference(chosen.shape, shape)}",
-                who=row.who,
-                where=where,
-                fix="leave --preset out, so that it is found from the checkpoint",
-            )
-        return chosen, "--preset"
-    fitting = [
-        p for p in family.presets if p.architecture == architecture.name and p.shape == shape
-    ]
-    if fitting:
-        return fitting[0], "the checkpoint's shape"
-    nearest = min(
-        (p for p in family.presets if p.architecture == architecture.name),
-        key=lambda p: _distance(p.shape, shape),
-    )
-    raise PluginError(
-        f"no preset has the checkpoint's shape; nearest is {nearest.name!r}: "
-        + _difference(nearest.shape, shape),
-        who=row.who,
-        where=where,
-        fix="use a checkpoint of one of the presets (autodeco plugin show), or add a preset",
-    )
-
-
-def _distance(a: ModelShape, b: ModelShape) -> int:
-    return sum(getattr(a, item.name) != getattr(b, item.name) for item in fields(ModelShape))
-
-
-def _difference(expected: ModelShape, found: ModelShape) -> str:
-    pairs = [
-        (item.name, getattr(expected, item.name), getattr(found, item.name))
-        for item in fields(ModelShape)
-    ]
-    return (
-        ", ".join(f"{n} {e} expected, {f} found" for n, e, f in pairs if e != f) or "architecture"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autodeco.errors import UsageError
+from autodeco.family import AUTO_PRESET
 from autodeco.job import AUTO, Job
 from autodeco.job_values import coerce_values
 from autodeco.registry import Registry, Resolution
@@ -82,6 +83,8 @@ def resolve(command_line: Mapping[str, Any], config: Path | None, registry: Regi
         if given.get(name) is None:
             provenance[name] = found.reason
         values[name] = value
+    if found.preset.name == AUTO_PRESET and values.get("layout") is None:
+        provenance["layout"] = "--preset auto: chosen at the start, by the memory of the processes"
     return Resolved(Job(**values), provenance, found)
 
 

@@ -14,6 +14,7 @@ from autodeco.cli.doctoring import doctor
 from autodeco.cli.launching import launch
 from autodeco.cli.planning import plan
 from autodeco.cli.plugins import plugin_group
+from autodeco.cli.scaffolding import new_plugin
 from autodeco.cli.stages import add_stage_commands
 from autodeco.cli.tools import add_tool_commands
 from autodeco.errors import EXIT_CODES, AutodecoError, EnvironmentProblem, StoppedEarly
@@ -37,6 +38,7 @@ def cli(context: click.Context, debug: bool) -> None:
     context.obj = {"debug": debug}
 
 
+plugin_group.add_command(new_plugin)
 cli.add_command(plugin_group)
 cli.add_command(plan)
 cli.add_command(doctor)

@@ -88,11 +88,16 @@ def _proved(options: dict[str, Any], config: Path | None, ranks: int) -> tuple[s
     from autodeco.settings import resolve
 
     resolved = resolve(options, config, Registry())
+    from autodeco.engines.fitting import is_to_be_fitted
     from autodeco.engines.select import choose_engine
     from autodeco.errors import EnvironmentProblem
 
     family, preset = resolved.resolution.family, resolved.resolution.preset
     what = f"{family.id} {preset.name}"
+    if is_to_be_fitted(resolved.job, preset, ranks):
+        say = "the layout is chosen when the job starts, by its GPUs' memory: see autodeco plan"
+        click.echo(f"remark: {say}", err=True)
+        return f"{what}, layout by the memory of the processes", resolved.job
     try:
         engine, layout = choose_engine(
             resolved.job, preset, ranks, family.architecture(preset.architecture)

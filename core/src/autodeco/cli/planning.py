@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from autodeco.errors import EnvironmentProblem, UsageError
-from autodeco.job import Job
+from autodeco.errors import UsageError
 
 if TYPE_CHECKING:
     from autodeco.engines.megatron.layouts import Search
@@ -32,8 +30,10 @@ _PARTS = {
 
 @click.command()
 @click.option("--plugin", help="Plugin: a family's id or alias.")
-@click.option("--preset", help="Preset of the family; default: that of --model.")
-@click.option("--model", type=_PATH, help="Checkpoint directory; config.json alone will do.")
+@click.option(
+    "--preset", help="Preset of the family, or auto: --model's sizes; default: that of --model."
+)
+@click.option("--model", type=_PATH, help="Checkpoint directory, or its config.json alone.")
 @click.option("--index", type=_PATH, help="model.safetensors.index.json, for its tensor names.")
 @click.option("--layout", help="As tp=2,pp=2,ep=8; default: look for those that fit.")
 @click.option("--gpus", type=_COUNT, required=True, help="GPUs of the run, one rank each.")
@@ -67,7 +67,9 @@ def plan(as_json: bool, layout: str | None, limit: int, **options: Any) -> None:
 
     Example: autodeco plan --plugin FAMILY --preset SIZE --gpus 64 --gpu-memory 80
     """
-    _require_megatron()
+    from autodeco.engines.fitting import require_planner
+
+    require_planner("autodeco plan")
     from autodeco.engines.megatron.layouts import find_layouts
     from autodeco.engines.megatron.plan import plan_layout
     from autodeco.layout import ParallelLayout
@@ -87,26 +89,6 @@ def plan(as_json: bool, layout: str | None, limit: int, **options: Any) -> None:
         _print_search(request, found)
 
 
-def _require_megatron() -> None:
-    """Imports the planner without megatron-core's warnings of what is not installed.
-
-    Raises:
-        EnvironmentProblem: megatron-core is not there.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import autodeco.engines.megatron.plan  # noqa: F401
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("megatron"):
-            raise
-        raise EnvironmentProblem(
-            "a plan is made with megatron-core, which is not installed",
-            where="autodeco plan",
-            fix="pip install 'autodeco[megatron]'",
-        ) from error
-
-
 def _request(
     *,
     plugin: str | None,
@@ -121,10 +103,11 @@ def _request(
     dtype: str,
     objective: str,
 ) -> Request:
-    from autodeco.engines.megatron.landing import tensor_names
-    from autodeco.engines.megatron.plan import GIB, Request
+    import torch
+
+    from autodeco.engines.megatron.plan import GIB
+    from autodeco.engines.megatron.requests import request_for
     from autodeco.engines.select import choose_dtype
-    from autodeco.files import read_json
     from autodeco.registry import Registry
 
     if not 0 <= reserve < gpu_memory:
@@ -132,37 +115,24 @@ def _request(
             f"--reserve {reserve:g} leaves nothing of --gpu-memory {gpu_memory:g}",
             fix="give both in GiB, the reserve smaller",
         )
-    import torch
-
+    if model is not None and model.name == "config.json":
+        model = model.parent
     resolved = Registry().resolve(plugin, model, preset)
-    family, chosen = resolved.family, resolved.preset
-    architecture = family.architecture(chosen.architecture)
-    config = (
-        read_json(model / "config.json")
-        if model
-        else architecture.config_json(chosen.shape, chosen.config)
-    )
     if index is None and model and (model / "model.safetensors.index.json").exists():
         index = model / "model.safetensors.index.json"
-    names = (
-        tensor_names(index)
-        if index
-        else [name for rule in family.weight_map.expand(chosen.shape) for name in rule.sources]
-    )
-    where = str(index) if index else ""
-    job = Job(**chosen.recipe)
     if dtype == "auto" and model is None:
         dtype = "bfloat16"
-    return Request(
-        architecture=architecture,
-        config=config,
-        bound=family.weight_map.bind(chosen.shape, names, who=family.id, where=where),
+    return request_for(
+        resolved.family,
+        resolved.preset,
+        model,
+        index,
         gpus=gpus,
         gpu_memory=round(gpu_memory * GIB),
         reserve=round(reserve * GIB),
-        micro_batch_tokens=micro_batch_tokens or job.micro_batch_tokens,
-        max_length=max_length or job.max_length,
         dtype=choose_dtype(dtype, model or Path(), torch.device("cuda")),
+        micro_batch_tokens=micro_batch_tokens,
+        max_length=max_length,
         objective=objective,
     )
 

@@ -98,6 +98,23 @@ class Cluster:
                     fix="give all machines the same, on a shared filesystem or as equal copies",
                 )
 
+    def same_layout(self, layout: str | None) -> None:
+        """Checks that all ranks came to the same layout.
+
+        Raises:
+            EnvironmentProblem: A rank came to another than rank 0; it names rank and host.
+        """
+        everyone = self._gathered(layout)
+        others = [number for number, theirs in enumerate(everyone) if theirs != everyone[0]]
+        if others:
+            raise _agreed(
+                f"the layout that fits there is {everyone[others[0]]}, that of rank 0 is "
+                f"{everyone[0]}: the processes have unequal memory",
+                who=self.names(others),
+                where="--layout",
+                fix="give --layout; autodeco plan shows those that fit",
+            )
+
     def require_shared(self, directory: Path, seconds: float = _SHARED_SECONDS) -> None:
         """Checks that every rank sees what rank 0 writes.
 

@@ -11,6 +11,7 @@ _FP8_BLOCK = 128
 _FP8_LARGEST = 448.0  # of float8_e4m3fn
 _MX_BLOCK = 32
 _E8M0_BIAS = 127
+_E8M0_NAN = 255
 # OCP Microscaling Formats (MX) v1.0, section 5.3.3: E2M1, sign in the highest of four bits
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_LARGEST_EXPONENT = 2
@@ -52,7 +53,7 @@ def decode_mxfp4(parts: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         parts: ``blocks`` uint8 [experts, outputs, inputs / 32, 16], the lower four bits first, and
-            ``scales`` uint8 [experts, outputs, inputs / 32], exponents biased by 127.
+            ``scales`` uint8 [experts, outputs, inputs / 32], exponents biased by 127; 255 is NaN.
 
     Returns:
         float32 [experts, inputs, outputs], as the model has it.
@@ -62,6 +63,7 @@ def decode_mxfp4(parts: Mapping[str, Tensor]) -> Tensor:
     both = torch.stack((table[(blocks & 15).long()], table[(blocks >> 4).long()]), dim=-1)
     exponents = scales.to(torch.int32) - _E8M0_BIAS
     values = torch.ldexp(both.flatten(-2), exponents[..., None])
+    values.masked_fill_((scales == _E8M0_NAN)[..., None], torch.nan)
     return values.flatten(-2).transpose(-1, -2)
 
 

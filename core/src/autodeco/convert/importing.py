@@ -9,6 +9,7 @@ from autodeco.errors import UsageError
 from autodeco.family import FamilySpec
 from autodeco.hookspecs import ImportedWeights
 from autodeco.job import Job
+from autodeco.resolution import preset_of
 
 
 def ready_weights(family: FamilySpec, job: Job) -> ImportedWeights:
@@ -35,7 +36,6 @@ def ready_weights(family: FamilySpec, job: Job) -> ImportedWeights:
     require_megatron("--import-format torch_dist needs megatron-core, which is not installed")
     from autodeco.engines.megatron.importing import import_checkpoint
 
-    assert job.preset is not None
-    architecture = family.architecture(family.preset(job.preset).architecture)
+    architecture = family.architecture(preset_of(family, job).architecture)
     import_checkpoint(weights, architecture, job.import_dir)
     return dataclasses.replace(weights, format="torch_dist", distributed=job.import_dir)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from autodeco.convert.shards import named_function
+from autodeco.convert.story_tokenizer import write_story_tokenizer
 from autodeco.errors import EnvironmentProblem, PluginError
 from autodeco.family import Architecture, FamilySpec, ModelPreset
 from autodeco.files import atomic_directory
@@ -42,7 +43,8 @@ def write_random_checkpoint(
         family: The plugin's data.
         preset: Its shape is used.
         directory: Appears in one step.
-        tokenizer: Its tokenizer files are copied along.
+        tokenizer: Its tokenizer files are copied along; by default a preset whose task is the
+            stories gets theirs.
         seed: Of the draw.
         dtype: Of the tensors.
 
@@ -81,6 +83,8 @@ def write_random_checkpoint(
                     shutil.copyfile(path, temporary / path.name)
             original = json.loads((tokenizer / "config.json").read_text())
             config |= {k: v for k, v in original.items() if k.endswith("_token_id")}
+        elif preset.task == "stories":
+            config |= write_story_tokenizer(temporary, preset.shape.vocab_size)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return directory
 

@@ -59,7 +59,8 @@ def stored_tensors(
         who: The plugin, for errors.
 
     Raises:
-        WeightsError: A part of a tensor is missing, or its parts do not fit each other.
+        WeightsError: A part of a tensor is missing, its parts do not fit each other, or a tensor is
+            stored in several ways.
     """
     found: dict[str, StoredTensor] = {}
     used: set[str] = set()
@@ -69,6 +70,8 @@ def stored_tensors(
                 base = name.removesuffix(one.main.suffix)
                 if one.main.suffix and not _has_other_part(base, infos, one):
                     continue  # its name ends like that by chance
+                if base in found:
+                    raise _stored_twice(base, info, who)
                 found[base] = _in_parts(base, infos, one, who)
                 used.update(
                     (part.suffix and base + part.suffix) or base for part in one.parts.values()
@@ -77,14 +80,18 @@ def stored_tensors(
     for name, info in infos.items():
         if name not in used:
             if name in found:
-                raise WeightsError(
-                    f"tensor {name!r} is stored twice, in parts and as one",
-                    who=who,
-                    where=str(info.file),
-                    fix="fetch the checkpoint again",
-                )
+                raise _stored_twice(name, info, who)
             found[name] = StoredTensor(name, info.shape, info.dtype, {"": info})
     return found
+
+
+def _stored_twice(name: str, info: TensorInfo, who: str) -> WeightsError:
+    return WeightsError(
+        f"tensor {name!r} is stored twice, in several ways",
+        who=who,
+        where=str(info.file),
+        fix="fetch the checkpoint again",
+    )
 
 
 def _has_other_part(base: str, infos: Mapping[str, TensorInfo], one: StorageFormat) -> bool:

@@ -37,10 +37,11 @@ def open_source(family: FamilySpec, job: Job) -> ImportedWeights:
         raise PluginError(
             "the job has no model or no preset", who=family.id, fix="resolve the job first"
         )
-    preset = family.preset(job.preset)
     config_path = job.model / "config.json"
+    config = read_json(config_path, who=family.id)
+    preset = family.preset_for(job.preset, config, where=str(config_path))
     architecture = family.architecture(preset.architecture)
-    shape = architecture.shape_of(read_json(config_path, who=family.id), where=str(config_path))
+    shape = architecture.shape_of(config, where=str(config_path))
     if shape != preset.shape:
         raise WeightsError(
             f"config.json does not agree with preset {preset.name!r}: {shape} is not "

@@ -20,8 +20,8 @@ from autodeco.doctor.machine import nearest
 from autodeco.doctor.meeting import Infos, Meeting, Watch, ranges
 from autodeco.doctor.model import debug_model, random_preset
 from autodeco.doctor.report import PROBLEM, Row, exit_code
-from autodeco.errors import AutodecoError, EnvironmentProblem
-from autodeco.family import ModelPreset
+from autodeco.errors import AutodecoError, EnvironmentProblem, UsageError
+from autodeco.family import AUTO_PRESET, ModelPreset
 from autodeco.files import PARTIAL_SUFFIX, atomic_write_text, make_directory, remove
 from autodeco.layout import ParallelLayout
 from autodeco.processes import rank, world_size
@@ -107,6 +107,12 @@ def examine_together(request: Request, show: Show) -> int:
 def _plan(request: Request) -> tuple[Resolution, ParallelLayout, ModelPreset]:
     """Decides on plugin, layout and debug model; what is impossible ends here, on all ranks."""
     try:
+        if request.preset == AUTO_PRESET:
+            raise UsageError(
+                f"doctor has no checkpoint that preset {AUTO_PRESET!r} could take a layout from",
+                where="--preset",
+                fix="leave --preset out and give --layout, as autodeco plan or the run names it",
+            )
         name = request.plugin or _only_plugin()
         resolution = Registry().resolve(name, None, request.preset)
         layout = job_layout(request, resolution.preset)

@@ -16,6 +16,7 @@ from autodeco.files import read_json
 from autodeco.hookspecs import ImportedWeights
 from autodeco.layout import ParallelLayout
 from autodeco.processes import world_size
+from autodeco.resolution import preset_of
 
 if TYPE_CHECKING:
     from autodeco.family import Architecture, FamilySpec, ModelPreset
@@ -137,13 +138,14 @@ def require_megatron(otherwise: str) -> None:
     Raises:
         EnvironmentProblem: It is not.
     """
-    if not _has_megatron():
+    if not has_megatron():
         raise EnvironmentProblem(
             otherwise, where="--engine megatron", fix="pip install 'autodeco[megatron]'"
         )
 
 
-def _has_megatron() -> bool:
+def has_megatron() -> bool:
+    """Whether megatron-core is installed; it is not imported."""
     try:
         return importlib.util.find_spec("megatron.core") is not None
     except ModuleNotFoundError:  # nothing called megatron is there at all
@@ -193,8 +195,7 @@ def build_engine(job: Job, weights: ImportedWeights, family: FamilySpec) -> Engi
         EnvironmentProblem: The device or megatron-core is not there.
         UsageError: The layout is impossible.
     """
-    assert job.preset is not None
-    preset = family.preset(job.preset)
+    preset = preset_of(family, job)
     architecture = family.architecture(preset.architecture)
     name, layout = choose_engine(job, preset, world_size(), architecture)
     device = choose_device(job.device)

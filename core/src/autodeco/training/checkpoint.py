@@ -170,6 +170,33 @@ def load_checkpoint(path: Path) -> Loaded:
         raise WeightsError(f"the checkpoint is torn: {error}", where=str(path), fix=_FIX) from error
 
 
+def load_into(heads: DecodingHeads, path: Path) -> None:
+    """Gives heads the tensors of a checkpoint.
+
+    Args:
+        heads: As they were made for the training.
+        path: The checkpoint.
+
+    Raises:
+        WeightsError: It is torn, holds other heads, or a value is not finite.
+    """
+    tensors, _, _ = load_checkpoint(path)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise WeightsError(
+                f"tensor {name} has values that are not finite", where=str(path), fix=_FIX
+            )
+    try:
+        heads.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise WeightsError(
+            "the checkpoint is of other heads than the job asks for",
+            where=str(path),
+            fix="choose --heads and --enhanced-features as the training had them",
+        ) from error
+    heads.requires_grad_(False)
+
+
 def load_newest(directory: Path, warn: Callable[[str], None]) -> Loaded | None:
     """Reads the newest checkpoint that is whole.
 

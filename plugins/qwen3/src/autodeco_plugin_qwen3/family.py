@@ -105,7 +105,7 @@ FAMILY = FamilySpec(
         ModelPreset(
             name="debug",
             architecture=DENSE.name,
-            shape=ModelShape(3, 64, 6, 2, 32, 96, 1024, True),
+            shape=ModelShape(3, 64, 6, 2, 24, 96, 1024, True),
             recipe=DEBUG,
             random=True,
             tokenizer="demo",
@@ -114,7 +114,7 @@ FAMILY = FamilySpec(
         ModelPreset(
             name="debug-moe",
             architecture=MOE.name,
-            shape=ModelShape(2, 64, 4, 2, 32, 0, 1024, False, 8, 2, 48),
+            shape=ModelShape(2, 64, 4, 2, 24, 0, 1024, False, 8, 2, 48),
             recipe=DEBUG,
             random=True,
             tokenizer="demo",

@@ -70,7 +70,7 @@ class MegatronEngine:
         where = weights.path / "config.json"
         config = read_json(where)
         self._latent = shape.is_latent
-        self._rotary = rotary_of(config, str(where), shape.rope_head_dim or None)
+        self._rotary = rotary_of(config, str(where), shape.rope_head_dim or shape.head_dim)
         self.first = parallel_state.is_pipeline_first_stage()
         self.last = parallel_state.is_pipeline_last_stage()
         self._model = build_stage(

@@ -98,8 +98,9 @@ def rotary_of(config: Mapping[str, Any], where: str, width: int | None = None) -
     if kind != "default":
         return _scaled(config, kind, where)
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    width = width or head
+    width = (
+        width or config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    )
     exponent = torch.arange(0, int(width * share), 2, device="cpu", dtype=torch.float32)
     return Rotary(1.0 / float(theta) ** (exponent / int(width * share)), 1.0)
 

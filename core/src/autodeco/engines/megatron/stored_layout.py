@@ -23,6 +23,12 @@ from autodeco.layout import ParallelLayout
 PREFIX = "module."  # as NeMo and Megatron-LM have it
 _LOCAL_MOE_NORM = ".mlp.linear_fc1.layer_norm_weight"
 _TE_MOE_NORM = ".pre_mlp_layernorm.weight"
+# norms that the local spec stores by themselves -> the product that Transformer Engine has them in
+_FUSED_BY_TE = {
+    ".pre_mlp_layernorm.weight": ".mlp.linear_fc1",
+    ".self_attention.q_layernorm.weight": ".self_attention.linear_q_up_proj",
+    ".self_attention.kv_layernorm.weight": ".self_attention.linear_kv_up_proj",
+}
 
 
 def stored_layout(
@@ -106,11 +112,18 @@ def _with_aliases(pieces: list[Piece]) -> Iterator[Piece]:
     """Adds the names of the Transformer Engine spec where the local spec has others.
 
     Before a layer of experts, the local spec stores the norm as if it were fused into a dense
-    layer's product; Transformer Engine stores it under its own name.
+    layer's product; Transformer Engine stores it under its own name. With latent attention it is
+    the other way round before a dense layer, and Transformer Engine fuses the norms of queries and
+    keys into the products behind them.
     """
     keys = {piece.key for piece in pieces}
     for piece in pieces:
+        aliases: tuple[str, ...] = ()
         layer = piece.key.removesuffix(_LOCAL_MOE_NORM)
-        moe = layer != piece.key and layer + ".mlp.linear_fc1.weight" not in keys
-        aliases = (layer + _TE_MOE_NORM,) if moe else ()
+        if layer != piece.key and layer + ".mlp.linear_fc1.weight" not in keys:
+            aliases = (layer + _TE_MOE_NORM,)
+        for norm, product in _FUSED_BY_TE.items():
+            layer = piece.key.removesuffix(norm)
+            if layer != piece.key and layer + product + ".weight" in keys:
+                aliases = (layer + product + ".layer_norm_weight",)
         yield Piece(**{**vars(piece), "aliases": aliases})
