@@ -2,7 +2,9 @@
 
 For the demo models of ``make_demo_model.py``: a model is trained on what its stored weights will
 decode to (:func:`train_rounded`), and written under the names that the published checkpoints have
-(:func:`stored_state`). Nothing is shared with the package's own decoders: each checks the other.
+(:func:`stored_state`). The decoders are the package's. The encoders are not, for they choose other
+scales than the package does for random checkpoints: those of :func:`encode_fp8` are right for
+transformers' reading of partial blocks too, and those of :func:`encode_mxfp4` cut nothing off.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import torch
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
+from autodeco.convert import formats
+
 FP8_BLOCK = 128
 FP8_LARGEST = 448.0
 FP4_BLOCK = 32
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4_LARGEST = 6.0
 FP4_BORDERS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 E8M0_BIAS = 127
 MTP_SCALE = 0.02
@@ -36,18 +40,17 @@ def encode_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if columns % FP8_BLOCK:
         largest = largest.amax(-1, keepdim=True).expand_as(largest)
     scales = largest.clamp(min=1e-12).contiguous() / FP8_LARGEST
-    values = weight / _spread(scales, rows, columns)
+    spread = scales.repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
+    values = weight / spread[..., :rows, :columns]
     return values.to(torch.float8_e4m3fn), scales
 
 
 def decode_fp8(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The float32 matrices that :func:`encode_fp8` stored."""
-    return values.float() * _spread(scales, *values.shape[-2:])
-
-
-def _spread(scales: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    whole = scales.repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
-    return whole[..., :rows, :columns]
+    if values.dim() > 2:
+        pairs = zip(values, scales, strict=True)
+        return torch.stack([decode_fp8(one, scale) for one, scale in pairs])
+    return formats.decode_fp8_blocks({"weight": values, "scale": scales})
 
 
 def encode_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +60,7 @@ def encode_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     blocks = torch.unflatten(weight, -1, (-1, FP4_BLOCK))
     largest = blocks.abs().amax(-1).clamp(min=1e-12)
-    exponents = torch.ceil(torch.log2(largest / FP4_VALUES[-1]))
+    exponents = torch.ceil(torch.log2(largest / FP4_LARGEST))
     scaled = blocks / torch.exp2(exponents)[..., None]
     borders = torch.tensor(FP4_BORDERS, device=weight.device)
     codes = torch.bucketize(scaled.abs().contiguous(), borders).to(torch.uint8)
@@ -68,9 +71,7 @@ def encode_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The float32 matrices [..., rows, columns] that :func:`encode_mxfp4` stored."""
-    table = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)], device=blocks.device)
-    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
-    return (table[codes.long()] * torch.exp2(scales.float() - E8M0_BIAS)[..., None]).flatten(-2)
+    return formats.decode_mxfp4({"blocks": blocks, "scales": scales}).mT
 
 
 class StorageFormat(Protocol):

@@ -32,7 +32,7 @@ MODELS: tuple[tuple[FamilySpec, str, list[str], int, int], ...] = (
     (GPT_OSS, "120b", published_names.gpt_oss(36), 116_829_156_672, 0),
     (
         *(DEEPSEEK_V3, "v3.1-terminus", published_names.deepseek_v3(61, 3, 256)),
-        *(671_026_419_200, 791),
+        *(671_026_419_200, 788),
     ),
     (LLAMA31, "nemotron-nano-8b", published_names.llama(32), 8_030_261_248, 0),
     (QWEN25, "7b", published_names.qwen25(28, tied=False), 7_615_616_512, 0),

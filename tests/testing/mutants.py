@@ -125,6 +125,21 @@ def decode_without_scale(parts: dict[str, Tensor]) -> Tensor:
     return parts["weight"].float() * 1e-3
 
 
+def _with_config(family: FamilySpec, **changes: Any) -> FamilySpec:
+    presets = tuple(dataclasses.replace(p, config={**p.config, **changes}) for p in family.presets)
+    return dataclasses.replace(family, presets=presets)
+
+
+def _rule_twice() -> FamilySpec:
+    rules = QWEN3.weight_map.rules
+    again = dataclasses.replace(rules[-1], target="another.weight")
+    weight_map = dataclasses.replace(QWEN3.weight_map, rules=(*rules, again, again))
+    return dataclasses.replace(small(QWEN3, "debug-moe", "30b-a3b"), weight_map=weight_map)
+
+
+RULE_TWICE = _rule_twice()
+WIDE_WINDOW = _with_config(SMALL_GPT_OSS, sliding_window=512)
+HIGH_CLAMP = _with_config(SMALL_GPT_OSS, swiglu_limit=1e4)
 KV_SWAPPED = with_rules(SMALL_QWEN3, _k_and_v_swapped)
 RULE_DROPPED = with_rules(SMALL_QWEN3, _without_down)
 DOWN_TRANSPOSED = with_rules(SMALL_QWEN3, _down_transposed)
@@ -142,6 +157,16 @@ SCALE_SKIPPED = dataclasses.replace(
     formats=(dataclasses.replace(FP8_BLOCKS, decode="mutants:decode_without_scale"),),
 )
 SPLIT_OTHERWISE = FamilyPlugin(with_rules(SMALL_QWEN3, _split_otherwise))
+
+
+class OtherModel(FamilyPlugin):
+    """The hf engine gets a model that is not the checkpoint's."""
+
+    def build_model(self, job: Job, weights: ImportedWeights) -> BuiltModel:
+        built = super().build_model(job, weights)
+        if built.engine.name == "hf":
+            built.engine.model.model.norm.weight.mul_(1.01)
+        return built
 
 
 class Unfrozen(FamilyPlugin):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import mutants
 import pytest
 
+from autodeco.convert import operations
+from autodeco.convert.operations import unpack
 from autodeco.family import FamilySpec
 from autodeco.layout import ParallelLayout
 from autodeco.plugin import FamilyPlugin
@@ -45,10 +48,13 @@ BROKEN: dict[str, tuple[FamilySpec, str, str]] = {
     "k and v swapped": (mutants.KV_SWAPPED, "logits-megatron", "logits differ by"),
     "a rule dropped": (mutants.RULE_DROPPED, "names", "'model.layers.0.mlp.down_proj.weight'"),
     "down_proj transposed": (mutants.DOWN_TRANSPOSED, "names", "(64, 96) there, (96, 64) in the"),
-    "square down_proj transposed": (mutants.DOWN_TRANSPOSED_SQUARE, "presets", "is square"),
+    "square down_proj transposed": (mutants.DOWN_TRANSPOSED_SQUARE, "map", "is square"),
     "norms swapped": (mutants.NORMS_SWAPPED, "logits-megatron", "logits differ by"),
     "q and k norms swapped": (mutants.QK_NORMS_SWAPPED, "logits-megatron", "logits differ by"),
     "interleaving forgotten": (mutants.NOT_INTERLEAVED, "logits-megatron", "logits differ by"),
+    "a rule twice": (mutants.RULE_TWICE, "map", "source tensor is read twice"),
+    "a window that is never left": (mutants.WIDE_WINDOW, "reach", "without window the logits"),
+    "a clamp that nothing reaches": (mutants.HIGH_CLAMP, "reach", "without swiglu_limit"),
     "window too wide": (mutants.WINDOW_TOO_WIDE, "logits-megatron", "logits differ by"),
     "sinks left out": (mutants.NO_SINKS, "engine-names", "softmax_offset"),
     "scale skipped": (mutants.SCALE_SKIPPED, "storage", "comes back with an error"),
@@ -63,7 +69,7 @@ def test_a_broken_family_fails_at_its_level(name: str, place: Path) -> None:
 
 def test_a_square_matrix_that_is_transposed_shows_in_the_logits(place: Path) -> None:
     found = first_failure(
-        mutants.DOWN_TRANSPOSED_SQUARE, place, "logits-megatron", ("presets", "names")
+        mutants.DOWN_TRANSPOSED_SQUARE, place, "logits-megatron", ("map", "names")
     )
     assert found.found.startswith("logits differ by")
 
@@ -81,12 +87,33 @@ def test_a_scale_that_is_skipped_is_named_by_perturbation(place: Path) -> None:
     assert "weight_scale_inv' hardly matters" in outcome.found
 
 
+def test_an_operation_that_is_no_inverse(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def backwards(*given: Any) -> Any:
+        return tuple(part.flip(0) for part in unpack(*given))
+
+    monkeypatch.setattr(operations, "unpack", backwards)
+    found = first_failure(mutants.SMALL_QWEN3, place, "round-trip", ("names", "engine-names"))
+    assert "comes back as another tensor" in found.found
+
+
+def test_a_wrong_parallel_dim_lands_on_no_rank(place: Path) -> None:
+    large = dataclasses.replace(
+        mutants.SMALL_QWEN3.preset("0.6b"), layout=ParallelLayout(tensor=2, gpus=2)
+    )
+    family = dataclasses.replace(mutants.SPLIT_OTHERWISE.family, presets=(large,))
+    context = Context(mutants.row_of(family), place)
+    engine, landing = run_checks(context, [check_named("engine-names"), check_named("landing")])
+    assert (engine.state, landing.state) == (PASSED, FAILED)
+    assert "linear_proj.weight' has the shape" in landing.found
+
+
 MAPS = ("storage", "names", "engine-names", "round-trip", "reach")
 
 
 @pytest.mark.parametrize(
     ("kind", "check", "says"),
     [
+        (mutants.OtherModel, "logits-hf", "logits differ by"),
         (mutants.Unfrozen, "training", "'model.layers.1.self_attn.q_proj.weight' is not frozen"),
         (mutants.Drifting, "training", "its fingerprint changed"),
         (mutants.HeadsOfAnotherWidth, "training", "the heads cannot read the hidden states"),

@@ -106,16 +106,16 @@ class TestNotRun:
 
     def test_what_needs_a_check_that_failed_is_not_run(self, tmp_path: Path) -> None:
         context = Context(mutants.row_of(mutants.DOWN_TRANSPOSED_SQUARE), tmp_path)
-        first, second = run_checks(context, [check_named("presets"), check_named("layouts")])
+        first, second = run_checks(context, [check_named("map"), check_named("storage")])
         assert (first.state, second.state) == (FAILED, NOT_RUN)
-        assert second.found == "it says nothing without presets"
+        assert second.found == "it says nothing without map"
         assert exit_code([second]) == 7 and exit_code([first, second]) == 3
 
 
 def test_a_failure_says_who_where_what_and_what_to_do(tmp_path: Path) -> None:
     context = Context(mutants.row_of(mutants.DOWN_TRANSPOSED_SQUARE), tmp_path)
     with pytest.raises(CheckFailed) as error:
-        perform(check_named("presets"), context)
+        perform(check_named("map"), context)
     assert error.value.who == "plugin qwen3 (a-mutant 0)"
     assert error.value.where == "preset debug" and error.value.fix
     assert isinstance(error.value, PluginError)

@@ -59,7 +59,8 @@ def decode_mxfp4(parts: Mapping[str, Tensor]) -> Tensor:
         float32 [experts, inputs, outputs], as the model has it.
     """
     blocks, scales = parts["blocks"], parts["scales"].view(torch.uint8)
-    table = torch.tensor((*_E2M1, *(-value for value in _E2M1)), dtype=torch.float32)
+    signed = (*_E2M1, *(-value for value in _E2M1))
+    table = torch.tensor(signed, dtype=torch.float32, device=blocks.device)
     both = torch.stack((table[(blocks & 15).long()], table[(blocks >> 4).long()]), dim=-1)
     exponents = scales.to(torch.int32) - _E8M0_BIAS
     values = torch.ldexp(both.flatten(-2), exponents[..., None])
@@ -76,7 +77,7 @@ def encode_mxfp4(tensor: Tensor) -> dict[str, Tensor]:
     blocks = tensor.transpose(-1, -2).reshape(experts, outputs, inputs // _MX_BLOCK, _MX_BLOCK)
     largest = blocks.abs().amax(dim=-1)
     exponent = largest.clamp_min(2.0**-100).log2().floor() - _E2M1_LARGEST_EXPONENT
-    table = torch.tensor(_E2M1, dtype=torch.float32)
+    table = torch.tensor(_E2M1, dtype=torch.float32, device=tensor.device)
     edges = (table[1:] + table[:-1]) / 2
     scaled = torch.ldexp(blocks, -exponent[..., None].to(torch.int32))
     codes = torch.bucketize(scaled.abs().contiguous(), edges) + 8 * (scaled < 0)

@@ -82,6 +82,8 @@ class _Writer:
         if left.layers == "some":
             yield Comment(f"{left.name} {list(left.shape)}: not in all layers, so not read here")
             return
+        for number in sorted({n for n in left.shape if n not in self.sizes}):
+            yield Comment(f"{TODO}: {number} is this size in the debug preset alone")
         self.weights.add("copy")
         kwargs = {}
         if left.layers != "all":

@@ -108,7 +108,8 @@ CHECKS: tuple[Check, ...] = (
     Check(
         "map",
         "weight map",
-        "each preset's rules read every element of a source once and fill every target once",
+        "each preset's rules read every element of a source once and fill every target once, and "
+        "no matrix of a random preset hides a transposition",
         "maps:expansion",
         ("presets",),
     ),

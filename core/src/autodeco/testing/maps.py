@@ -35,7 +35,7 @@ def own_names(context: Context, preset: ModelPreset) -> BoundWeightMap:
 
 
 def expansion(context: Context) -> str:
-    """Every preset's rules, all layers and experts filled in."""
+    """Every preset's rules, all layers and experts filled in; random ones have no square matrix."""
     largest = ("", 0)
     for preset in context.family.presets:
         count = len(context.sizes(preset))
@@ -43,8 +43,28 @@ def expansion(context: Context) -> str:
             raise CheckFailed(
                 "the map reads no tensor", where=f"preset {preset.name}", fix="write its rules"
             )
+        if preset.random:
+            _rectangular(context, preset)
         largest = max(largest, (preset.name, count), key=lambda item: item[1])
     return f"{len(context.family.presets)} presets; the largest, {largest[0]}, {largest[1]} tensors"
+
+
+def _rectangular(context: Context, preset: ModelPreset) -> None:
+    """A transposed matrix of a random preset must show in its shape, where it can."""
+    full = [
+        context.sizes(p)
+        for p in context.family.presets
+        if p.model_ids and p.architecture == preset.architecture
+    ]
+    for name, size in context.sizes(preset).items():
+        always = full and all(len(set(of.get(name, (1, 2))[-2:])) == 1 for of in full)
+        if len(size) > 1 and size[-1] == size[-2] and not always:
+            raise CheckFailed(
+                f"{name!r} is square, {size}: transposed, it would go unseen",
+                where=f"preset {preset.name}",
+                fix="choose other sizes for this preset, so that the dimensions of every matrix "
+                "differ",
+            )
 
 
 def transformers_names(context: Context) -> str:

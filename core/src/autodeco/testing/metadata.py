@@ -190,25 +190,6 @@ def _preset(context: Context, preset: ModelPreset) -> None:
                 where=context.family.package,
                 fix="add it to the package, or leave it out of the preset",
             )
-    if preset.random:
-        _rectangular(context, preset)
-
-
-def _rectangular(context: Context, preset: ModelPreset) -> None:
-    """A transposed matrix of a random preset must show in its shape, where it can."""
-    full = [
-        context.sizes(p)
-        for p in context.family.presets
-        if p.model_ids and p.architecture == preset.architecture
-    ]
-    for name, size in context.sizes(preset).items():
-        always = full and all(len(set(of.get(name, (1, 2))[-2:])) == 1 for of in full)
-        if len(size) > 1 and size[-1] == size[-2] and not always:
-            raise CheckFailed(
-                f"{name!r} is square, {size}: transposed, it would go unseen",
-                fix="choose other sizes for this preset, so that the dimensions of every matrix "
-                "differ",
-            )
 
 
 def layouts(context: Context) -> str:
