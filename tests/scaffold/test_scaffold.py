@@ -137,6 +137,22 @@ def test_tensors_of_the_checkpoint_alone_are_to_be_dropped_with_a_reason(
     assert_formatted(files_of(plugin), tmp_path)
 
 
+def test_a_checkpoint_tells_its_storage_and_what_lies_behind_the_last_layer() -> None:
+    """DeepSeek's demo: FP8 is the most common, one tensor is float32, a layer is left over."""
+    import autodeco_plugin_deepseek_v3 as deepseek
+
+    demo = Path(str(deepseek.__file__)).parent / "demo"
+    given = read_source(demo)
+    assert set(given.stored.values()) == {"fp8_blocks", "F32"}
+    assert given.extra == ("model.layers.{layer}.*",)
+    plugin = Plugin("stranger", "demo", given, propose(given, (deepseek.plugin.family,)))
+    text = text_of(plugin, "family")
+    assert '"fp8_blocks"' in text and "qk_head_dim" not in text
+    assert 'FromConfig("routed_scaling_factor")' in text
+    assert r'Drop(r"model\.layers\.{layer}\..*", ' in text_of(plugin, "weights")
+    assert not plugin.proposal.left
+
+
 def test_files_are_formatted_and_always_the_same(read: Source, tmp_path: Path) -> None:
     stored = {"model.layers.{layer}.mlp.up_proj.weight": "fp8_blocks"}
     long = dataclasses.replace(plugin_of(read, stored=stored), no_megatron="why, in words " * 9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,7 +91,7 @@ class Cover:
         return True
 
 
-def propose(source: Source, families: Iterable[FamilySpec]) -> Proposal:
+def propose(source: Source, families: Sequence[FamilySpec]) -> Proposal:
     """Returns the weight map that fits a model's tensors best.
 
     Args:
@@ -114,6 +114,7 @@ def propose(source: Source, families: Iterable[FamilySpec]) -> Proposal:
             if rule.kind != "tied" and rule.when(source.small) and cover.take((rule,)):
                 found.append((rule, f"as in {origin}" if origin else ""))
                 megatron |= _fields(rule, source)
+    nearest = _nearest(source, maps)
     for left in _templates(cover.left, source.small):
         single = _single(left, cover)
         if single is not None:
@@ -124,8 +125,8 @@ def propose(source: Source, families: Iterable[FamilySpec]) -> Proposal:
         tuple(taken),
         tuple(found),
         tuple(_templates(cover.left, source.small)),
-        megatron,
-        _nearest(source, maps),
+        {**_like(nearest, source, families), **megatron},
+        nearest,
         len(source.tensors),
     )
 
@@ -196,6 +197,18 @@ def _fields(rule: Rule, source: Source) -> dict[str, Any]:
         if target == rule.target and re.fullmatch(pattern, rule.sources[0]):
             found |= {k: v for k, v in fields.items() if _known(v, source)}
     return found
+
+
+def _like(
+    nearest: tuple[str, int], source: Source, families: Sequence[FamilySpec]
+) -> dict[str, Any]:
+    """Fields of TransformerConfig of the plugin that has all of the names."""
+    if nearest[1] < len(source.tensors):
+        return {}
+    (family,) = (family for family in families if family.id == nearest[0])
+    named = [a for a in family.architectures if a.name == source.name]
+    fields = (named or list(family.architectures))[0].megatron
+    return {name: value for name, value in fields.items() if _known(value, source)}
 
 
 def _known(value: Any, source: Source) -> bool:

@@ -24,6 +24,7 @@ from autodeco.scaffold.sizes import (
 )
 from autodeco.weights import Dims
 
+PLAIN = ("F64", "F32", "F16", "BF16")
 #: Keys that change neither the weights nor what is computed from them.
 _IDLE = re.compile(
     r"architectures|model_type|transformers_version|(torch_)?dtype|_name_or_path|auto_map|use_cache"
@@ -229,14 +230,20 @@ def _with_checkpoint(source: Source, path: Path) -> Source:
         return source
     names, dtypes = _names_of(path)
     known = {template(name) for name in source.tensors}
-    usual = max(set(dtypes.values()), key=list(dtypes.values()).count, default="")
+    plain = [kind for kind in dtypes.values() if kind in PLAIN]
+    usual = max(sorted(set(plain)), key=plain.count, default="")
+    behind = f".{source.shape.num_layers}."
     odd = {
         template(name): kind
         for name, kind in dtypes.items()
-        if kind != usual and (kind == "F32" or kind not in ("BF16", "F16", "F64"))
+        if behind not in name and kind != usual and kind not in ("BF16", "F16", "F64")
     }
-    extra = tuple(sorted({template(name) for name in names} - known))
-    return replace(source, stored=odd, extra=extra)
+    # a layer behind the last one predicts further tokens: one pattern has all of it
+    extra = {
+        name[: name.index(behind)] + ".{layer}.*" if behind in name else template(name)
+        for name in names
+    }
+    return replace(source, stored=odd, extra=tuple(sorted(extra - known)))
 
 
 def _names_of(path: Path) -> tuple[list[str], dict[str, str]]:

@@ -38,8 +38,8 @@ _LATENT_KEYS: dict[str, tuple[str, ...]] = {
     "rope_head_dim": ("qk_rope_head_dim",),
 }
 _OPTIONAL = ("num_kv_heads", "head_dim", "tied_embeddings", "shared_experts", "dense_layers")
-#: Keys that a model of experts alone has and does not use.
-UNUSED_KEYS = _KEYS["ffn_size"]
+#: Keys that a configuration may have though the model has no such size, or derives it.
+UNUSED_KEYS = (*_KEYS["ffn_size"], "head_dim", "qk_head_dim")
 #: Every known key of a size.
 SIZE_KEYS = frozenset(
     key for table in (_KEYS, _EXPERT_KEYS, _LATENT_KEYS) for keys in table.values() for key in keys

@@ -142,7 +142,9 @@ def _drops(given: Source) -> Iterator[Any]:
     yield Comment(f"{TODO}: the checkpoint has these beside the model's own; say why nothing is")
     yield Comment("lost without them, or map them")
     for name in given.extra:
-        pattern = name.replace(".", r"\.").replace("{layer}", r"\d+").replace("{expert}", r"\d+")
+        layer = "{layer}" if name.endswith(".*") else r"\d+"
+        pattern = name.removesuffix(".*").replace(".", r"\.").replace("{expert}", r"\d+")
+        pattern = pattern.replace("{layer}", layer) + (r"\..*" if name.endswith(".*") else "")
         yield Call("Drop", (pattern, f"{TODO}: why"))
 
 
