@@ -232,15 +232,15 @@ def _with_checkpoint(source: Source, path: Path) -> Source:
     known = {template(name) for name in source.tensors}
     plain = [kind for kind in dtypes.values() if kind in PLAIN]
     usual = max(sorted(set(plain)), key=plain.count, default="")
-    behind = f".{source.shape.num_layers}."
+    behind = re.compile(rf"(\D*)\.{source.shape.num_layers}\..*")
     odd = {
         template(name): kind
         for name, kind in dtypes.items()
-        if behind not in name and kind != usual and kind not in ("BF16", "F16", "F64")
+        if not behind.fullmatch(name) and kind != usual and kind not in ("BF16", "F16", "F64")
     }
     # a layer behind the last one predicts further tokens: one pattern has all of it
     extra = {
-        name[: name.index(behind)] + ".{layer}.*" if behind in name else template(name)
+        found[1] + ".{layer}.*" if (found := behind.fullmatch(name)) else template(name)
         for name in names
     }
     return replace(source, stored=odd, extra=tuple(sorted(extra - known)))
