@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/autodeco run --plugin qwen3
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: setup
 	$(BIN)/python -m pytest -m "not gpu"

@@ -358,3 +358,21 @@ def test_an_output_layer_with_a_bias_is_refused(tmp_path: Path) -> None:
     transformers.PhiForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="one with a bias"):
         HFEngine(tmp_path, CPU, torch.float32)
+
+
+def test_bug_scaled_logits_went_unseen(tmp_path: Path) -> None:
+    """The objective would have trained heads for logits that the model does not give."""
+    import transformers
+
+    config = transformers.CohereConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        logit_scale=0.0625,
+    )
+    transformers.CohereForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="scales or caps its logits"):
+        HFEngine(tmp_path, CPU, torch.float32)

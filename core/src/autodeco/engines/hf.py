@@ -17,6 +17,8 @@ from autodeco.engines.padding import check_finite, pad_batch
 from autodeco.errors import NumericsError, WeightsError
 from autodeco.storage import StorageFormat
 
+_ROUNDING = 1e-2  # of the largest logit; bfloat16 has 4e-3
+
 
 class HFEngine:
     """A frozen transformers model.
@@ -63,6 +65,7 @@ class HFEngine:
                 fix="use a causal language model with a plain output layer",
             )
         self._output: Tensor = output.weight
+        self._refuse_other_logits()
         self.hidden_size = int(self._output.shape[1])
         self.vocab_size = int(self._output.shape[0])
         self.data_rank = dist.get_rank() if dist.is_initialized() else 0
@@ -91,6 +94,21 @@ class HFEngine:
                 label=batch.ids[index + 1].to(self.device),
                 sample_id=sample_id.to(self.device),
                 token_index=position.to(self.device),
+            )
+
+    @torch.no_grad()
+    def _refuse_other_logits(self) -> None:
+        """Proves on two tokens that logits are the output layer's product and nothing else."""
+        ids = torch.tensor([[0, 1]], device=self.device)
+        states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        ours = (states @ self._output.T).float()
+        theirs = self.model(input_ids=ids, use_cache=False).logits.float()
+        if (ours - theirs).abs().max() > _ROUNDING * ours.abs().max():
+            raise WeightsError(
+                "the model scales or caps its logits behind the output layer, which the objective "
+                "does not know",
+                where=str(self.path),
+                fix="use a causal language model with a plain output layer",
             )
 
     def output_weight(self) -> OutputWeight:

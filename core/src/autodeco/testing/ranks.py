@@ -22,7 +22,7 @@ from autodeco.testing.context import Context
 from autodeco.testing.layouts import RANKS, for_layers
 from autodeco.testing.logits import Difference, logits_of, some_batch
 
-SECONDS = 240.0
+SECONDS = 300.0
 _SIZES = "give a random preset sizes that two ranks can share, or name other `layouts`"
 _SHOWN = 12  # lines of what a worker said
 
