@@ -149,7 +149,7 @@ def test_one_rank_writes_what_two_write(root: Path) -> None:
 def test_a_killed_import_goes_on_where_it_stopped(root: Path) -> None:
     output, options = root / "killed", {"preset": "debug", "part_bytes": PART}
     options |= {"model": root / "debug", "output": output}
-    run(root, "write", code=-9, kill_at=12, **options)
+    run(root, "write", code=-9, kill_at=16, **options)
     assert not output.exists()
     building = root / ".killed.importing"
     done = sorted(int(p.stem) for p in (building / "parts").glob("*.json"))
