@@ -29,7 +29,7 @@ INDEX = "|".join(("py" + "pi", "files.python" + "hosted", "index-" + "url", "sim
 ABSOLUTE = (
     r"(?<![\w.:~-])/(" + "|".join(("wo" + "rk", "ho" + "me", "ro" + "ot", "Us" + "ers")) + r")\b"
 )
-ADDRESS = r"(?<![\d.])(?!127\.0\.0\.1)\d{1,3}(\.\d{1,3}){3}(?![\d.])"
+ADDRESS = r"(?<![\d.])(?!127\.0\.0\.1|0\.0\.0\.0)\d{1,3}(\.\d{1,3}){3}(?![\d.])"
 
 
 def run(*command: Any, cwd: Path, **environment: str) -> str:
