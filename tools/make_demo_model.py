@@ -25,7 +25,7 @@ from typing import Any
 import storage_formats  # type: ignore[import-not-found]  # it lies beside this script
 import torch
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.utils import parametrize
 from transformers import (
     AutoConfig,
@@ -37,15 +37,14 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from autodeco import stories
-
-SPECIAL = ("<|endoftext|>", "<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>")
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+from autodeco.convert.story_tokenizer import (
+    CHAT_TEMPLATE,
+    ROLES,
+    SETTINGS,
+    SPECIAL,
+    story_tokenizer,
 )
-ROLES = ("system", "user", "assistant")
+
 BALANCING_RATE = 1e-3
 
 
@@ -58,24 +57,9 @@ def build_tokenizer(kind: str = "words") -> PreTrainedTokenizerFast:
             its model type: the same, but that the space before a digit is a token of its own and
             other words come in pieces.
     """
-    common: dict[str, Any] = {
-        "eos_token": SPECIAL[0],
-        "pad_token": SPECIAL[1],
-        "unk_token": SPECIAL[2],
-        "extra_special_tokens": list(SPECIAL[3:]),
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
-        "model_max_length": 512,
-    }
-    if kind == "bpe":
-        tokenizer = Qwen2Tokenizer(**_bpe_model(), **common)
-    else:
-        vocabulary = [*SPECIAL, *ROLES, *stories.vocabulary()]
-        rows = {token: row for row, token in enumerate(vocabulary)}
-        backend = Tokenizer(models.WordLevel(rows, unk_token=SPECIAL[2]))
-        backend.pre_tokenizer = pre_tokenizers.Split(Regex(stories.TOKEN_PATTERN), "isolated")
-        backend.decoder = decoders.Fuse()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **common)
+    if kind != "bpe":
+        return story_tokenizer()
+    tokenizer = Qwen2Tokenizer(**_bpe_model(), **SETTINGS)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -59,13 +59,21 @@ def decode_mxfp4(parts: Mapping[str, Tensor]) -> Tensor:
         float32 [experts, inputs, outputs], as the model has it.
     """
     blocks, scales = parts["blocks"], parts["scales"].view(torch.uint8)
+    values = torch.empty((*blocks.shape[:-1], _MX_BLOCK), device=blocks.device)
+    # an expert at a time: what the lookup needs beside the result is several times as large
+    for expert in range(len(blocks)):
+        values[expert] = _decode_mx_blocks(blocks[expert], scales[expert])
+    return values.flatten(-2).transpose(-1, -2)
+
+
+def _decode_mx_blocks(blocks: Tensor, scales: Tensor) -> Tensor:
+    """float32 [..., blocks, 32] of bytes [..., blocks, 16] and their scales [..., blocks]."""
     signed = (*_E2M1, *(-value for value in _E2M1))
     table = torch.tensor(signed, dtype=torch.float32, device=blocks.device)
     both = torch.stack((table[(blocks & 15).long()], table[(blocks >> 4).long()]), dim=-1)
     exponents = scales.to(torch.int32) - _E8M0_BIAS
     values = torch.ldexp(both.flatten(-2), exponents[..., None])
-    values.masked_fill_((scales == _E8M0_NAN)[..., None], torch.nan)
-    return values.flatten(-2).transpose(-1, -2)
+    return values.masked_fill_((scales == _E8M0_NAN)[..., None], torch.nan)
 
 
 def encode_mxfp4(tensor: Tensor) -> dict[str, Tensor]:

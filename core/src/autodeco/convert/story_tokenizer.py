@@ -1,51 +1,69 @@
-"""The tokenizer of the built-in stories, for random checkpoints whose plugin brings none."""
+"""The tokenizer of the built-in stories: of trained built-in models, and of random ones."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from autodeco import stories
 
-_SPECIAL = ("<|endoftext|>", "<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>")
-_ROLES = ("system", "user", "assistant")
-_CHAT_TEMPLATE = (
+SPECIAL = ("<|endoftext|>", "<|pad|>", "<|unk|>", "<|im_start|>", "<|im_end|>")
+ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
+#: What a tokenizer of the stories is made with, of whatever class.
+SETTINGS = MappingProxyType(
+    {
+        "eos_token": SPECIAL[0],
+        "pad_token": SPECIAL[1],
+        "unk_token": SPECIAL[2],
+        "extra_special_tokens": list(SPECIAL[3:]),
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_max_length": 512,
+    }
+)
+
+
+def story_tokens() -> list[str]:
+    """Returns every token, in the order of its rows: special ones, roles, the stories' own."""
+    return [*SPECIAL, *ROLES, *stories.vocabulary()]
+
+
+def story_tokenizer() -> Any:
+    """Returns a tokenizer with a token for each word (and the space before it), digit and mark.
+
+    Whatever else is unknown.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    rows = {token: row for row, token in enumerate(story_tokens())}
+    backend = Tokenizer(models.WordLevel(rows, unk_token=SPECIAL[2]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(stories.TOKEN_PATTERN), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **SETTINGS)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def write_story_tokenizer(directory: Path, vocab_size: int) -> dict[str, int]:
-    """Writes a tokenizer with a token for each word, digit and mark of the stories.
+    """Writes the tokenizer's files.
 
     Args:
-        directory: Its files appear here.
+        directory: They appear here.
         vocab_size: Rows of the model's embedding; where they are too few nothing is written.
 
     Returns:
         The keys of ``config.json`` that name its special tokens.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = [*_SPECIAL, *_ROLES, *stories.vocabulary()]
-    if len(tokens) > vocab_size:
+    if len(story_tokens()) > vocab_size:
         return {}
-    rows = {token: row for row, token in enumerate(tokens)}
-    backend = Tokenizer(models.WordLevel(rows, unk_token=_SPECIAL[2]))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(stories.TOKEN_PATTERN), "isolated")
-    backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=_SPECIAL[0],
-        pad_token=_SPECIAL[1],
-        unk_token=_SPECIAL[2],
-        extra_special_tokens=list(_SPECIAL[3:]),
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
-        model_max_length=512,
-    )
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer = story_tokenizer()
     tokenizer.save_pretrained(directory)
-    return {"eos_token_id": rows[_SPECIAL[0]], "pad_token_id": rows[_SPECIAL[1]]}
+    return {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

@@ -13,7 +13,7 @@ from importlib import metadata, resources, util
 from pathlib import Path
 
 from autodeco.errors import AutodecoError
-from autodeco.family import API, ModelPreset
+from autodeco.family import API, OLDEST_API, ModelPreset
 from autodeco.job import Job
 from autodeco.job_values import coerce_values
 from autodeco.registry import GROUP, Registry
@@ -40,11 +40,11 @@ def entry_point(context: Context) -> str:
             where=entry.value,
             fix=f"set package={package!r}: built-in files are looked for there",
         )
-    if family.api != API:
+    if not OLDEST_API <= family.api <= API:
         raise CheckFailed(
             f"written for api {family.api}; this autodeco speaks api {API}",
             where="FamilySpec.api",
-            fix="leave api out, or install a fitting autodeco",
+            fix="name the api that it was written for, or install a fitting autodeco",
         )
     for other in Registry().rows():
         taken = {other.id, *(other.plugin.family.aliases if other.plugin else ())}
