@@ -1,0 +1,54 @@
+"""Whether there is room for what is about to be written: asked before the first byte."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from autodeco.errors import EnvironmentProblem
+
+_RESERVE = 64 << 20  # indexes, manifests, the filesystem's own blocks
+
+
+def require_space(path: Path, size: int, what: str) -> None:
+    """Checks that the filesystem of `path` has room; `path` need not exist yet.
+
+    Args:
+        path: Where it goes.
+        size: Bytes to be written.
+        what: What they are, for the error: "the cast checkpoint".
+
+    Raises:
+        EnvironmentProblem: They do not fit.
+    """
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if size + _RESERVE > free:
+        raise EnvironmentProblem(
+            f"{what} needs {_gib(size)}, and {_gib(free)} are free: nothing was written",
+            where=str(path),
+            fix="free some space, or choose a directory on another disk",
+        )
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Reserves the blocks of an open file, where the filesystem can: a full disk shows at once.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    if size == 0 or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"
