@@ -15,7 +15,7 @@ def test_what_fits_passes_and_what_does_not_is_refused_with_both_numbers(tmp_pat
     free = shutil.disk_usage(tmp_path).free
     target = tmp_path / "not" / "yet" / "there"
     require_space(target, 1 << 20, "the copy")
-    with pytest.raises(EnvironmentProblem, match="the copy needs .* GiB are free") as error:
+    with pytest.raises(EnvironmentProblem, match=r"the copy needs .* GiB are free") as error:
         require_space(target, free + 1, "the copy")
     assert str(target) in str(error.value)
     assert not (tmp_path / "not").exists()
@@ -25,7 +25,7 @@ def test_reserved_blocks_are_the_files(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as stream:
         reserve(stream.fileno(), 1 << 20)
         reserve(stream.fileno(), 0)
-    assert os.stat(tmp_path / "file").st_size == 1 << 20
+    assert (tmp_path / "file").stat().st_size == 1 << 20
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL])

@@ -38,11 +38,13 @@ def write_problem(error: OSError, path: Path, what: str = "write") -> Environmen
     )
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """Returns a name beside `path` that nothing has, and that `remove_partial` knows."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flushes a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -80,7 +82,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         EnvironmentProblem: The file cannot be written; the old content is intact.
     """
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
@@ -88,7 +90,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
-        _fsync(path.parent)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -127,13 +129,13 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
             where=str(final),
             fix="choose another output, or remove it first",
         )
-    temporary = _temporary(final)
+    temporary = temporary_name(final)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         sync_tree(temporary)
         if final.exists():
-            retired = _temporary(final)
+            retired = temporary_name(final)
             final.rename(retired)
             try:
                 temporary.rename(final)
@@ -143,7 +145,7 @@ def atomic_directory(final: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(retired, ignore_errors=True)
         else:
             temporary.rename(final)
-        _fsync(final.parent)
+        sync(final.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise write_problem(error, final) from error
@@ -161,7 +163,7 @@ def publish(prepared: Path, final: Path) -> None:
     try:
         sync_tree(prepared)
         prepared.rename(final)
-        _fsync(final.parent)
+        sync(final.parent)
     except OSError as error:
         raise write_problem(error, final) from error
 
@@ -170,8 +172,8 @@ def sync_tree(directory: Path) -> None:
     """Flushes every file and directory below `directory` to the disk."""
     for root, _, names in os.walk(directory):
         for name in names:
-            _fsync(Path(root, name))
-        _fsync(Path(root))
+            sync(Path(root, name))
+        sync(Path(root))
 
 
 def remove_partial(directory: Path) -> list[Path]:
@@ -195,7 +197,7 @@ def remove(path: Path) -> None:
     """
     try:
         if path.is_dir() and not path.is_symlink():
-            retired = _temporary(path)
+            retired = temporary_name(path)
             path.rename(retired)
             path = retired
     except OSError as error:

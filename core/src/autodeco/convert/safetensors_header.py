@@ -13,7 +13,7 @@ from typing import Any
 from autodeco.errors import WeightsError
 from autodeco.files import read_json
 
-_BYTES = {
+DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
@@ -85,11 +85,11 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         begin, end = entry["data_offsets"]
         dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if dtype not in _BYTES:
+        if dtype not in DTYPE_BYTES:
             raise _broken(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
         if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
             raise ValueError("numbers must be whole and not negative")
-        if end - begin != prod(shape) * _BYTES[dtype]:
+        if end - begin != prod(shape) * DTYPE_BYTES[dtype]:
             raise _broken(path, f"tensor {name!r}: offsets and shape disagree")
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(path, f"tensor {name!r}: malformed entry: {error}") from error
