@@ -53,3 +53,12 @@ def random_mxfp4(shape: tuple[int, int, int], seed: int = 0) -> dict[str, torch.
     blocks = torch.randint(0, 256, (*place, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(110, 135, place, generator=generator, dtype=torch.uint8)
     return {"blocks": blocks, "scales": scales}
+
+
+def same_bf16(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two bfloat16 tensors are alike to the bit; NaN is NaN."""
+    assert a.dtype == b.dtype == torch.bfloat16 and a.shape == b.shape
+    nan = torch.isnan(a)
+    if not torch.equal(nan, torch.isnan(b)):
+        return False
+    return torch.equal(*(t.contiguous().view(torch.int16)[~nan] for t in (a, b)))

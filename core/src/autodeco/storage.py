@@ -53,12 +53,15 @@ class StorageFormat:
             returns the float32 tensor that they make up.
         encode: ``module:function`` that takes a float32 tensor and returns ``{part: Tensor}``; for
             random checkpoints.
+        decode_bfloat16: A faster way, on the CPU, to what `decode` gives, rounded once to
+            bfloat16; for conversions. Empty: there is none.
     """
 
     name: str
     parts: Mapping[str, Part]
     decode: str
     encode: str
+    decode_bfloat16: str = ""
 
     @property
     def main(self) -> Part:
@@ -105,6 +108,7 @@ FP8_BLOCKS = StorageFormat(
     },
     decode="autodeco.convert.formats:decode_fp8_blocks",
     encode="autodeco.convert.formats:encode_fp8_blocks",
+    decode_bfloat16="autodeco.convert.rounding:round_fp8_blocks",
 )
 # Experts first, then inputs, then outputs, as the tensor is in the model; the blocks lie along the
 # inputs, two values a byte.
@@ -116,5 +120,6 @@ MXFP4 = StorageFormat(
     },
     decode="autodeco.convert.formats:decode_mxfp4",
     encode="autodeco.convert.formats:encode_mxfp4",
+    decode_bfloat16="autodeco.convert.rounding:round_mxfp4",
 )
 BUILT_IN = (FP8_BLOCKS, MXFP4)
