@@ -60,7 +60,7 @@ def round_fp8_blocks(parts: Mapping[str, Tensor]) -> Tensor:
             stop = min(start + _ROWS, first + FP8_BLOCK)
             np.take(table, source[start:stop], out=target[start:stop], mode="clip")
         strip = result[first : first + FP8_BLOCK]
-        for block, scale in zip(strip.split(FP8_BLOCK, dim=1), row, strict=True):
+        for block, scale in zip(torch.split(strip, FP8_BLOCK, dim=1), row, strict=True):
             block.mul_(scale)
     return result
 
@@ -82,7 +82,7 @@ def round_mxfp4(parts: Mapping[str, Tensor]) -> Tensor:
         # bytes are turned round, not values: there are half as many, of half the size
         turned = blocks[expert].reshape(outputs, -1).t().contiguous()
         powers = _powers_of_two()[scales[expert].t().long()]
-        for group, target in enumerate(result[expert].split(MX_BLOCK)):
+        for group, target in enumerate(result[expert].view(groups, MX_BLOCK, outputs)):
             pairs = turned[group * half : (group + 1) * half]
             codes = torch.stack((pairs & 15, pairs >> 4), dim=1).view_as(target)
             np.take(table, codes.numpy(), out=target.view(torch.int16).numpy(), mode="clip")

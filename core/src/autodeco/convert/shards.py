@@ -200,7 +200,7 @@ class ShardReader:
             )
             for part, info in tensor.parts.items()
         }
-        decoded: Tensor = named_function(how.decode, how.name)(values)
+        decoded = self._decode(tensor, how, values)
         expected = tuple(stop - start for start, stop in wide)
         if tuple(decoded.shape) != expected:
             raise PluginError(
@@ -214,6 +214,10 @@ class ShardReader:
             for (start, stop), (first, _) in zip(region, wide, strict=True)
         )
         return decoded[tuple(cut)]
+
+    def _decode(self, tensor: StoredTensor, how: StorageFormat, parts: dict[str, Tensor]) -> Tensor:
+        decoded: Tensor = named_function(how.decode, how.name)(parts)
+        return decoded
 
 
 def _block(how: StorageFormat, part: str, info: TensorInfo, wide: Region) -> Region:
