@@ -1,0 +1,73 @@
+"""What stands in a file that somebody else wrote: JSON that means one thing, names that stay.
+
+A name in an index or a manifest is a plain name of a file beside it, never a path. Symbolic links
+in a directory are followed: the hub's cache is made of links to ``../../blobs``, and a link comes
+from whoever set up the disk, not from what is written in a file.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+_LONGEST_NAME = 255  # bytes, on all usual filesystems
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a value names a file in its own directory, on every system.
+
+    Separators and drive letters of other systems, control characters, ``.`` and ``..`` are not in
+    such a name.
+    """
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    if any(c in "/\\:" or ord(c) < 32 or ord(c) == 127 for c in name):
+        return False
+    try:
+        return len(name.encode("utf-8")) <= _LONGEST_NAME
+    except UnicodeEncodeError:  # half a character
+        return False
+
+
+def strict_json(text: bytes) -> Any:
+    """Parses JSON that can be read in one way only.
+
+    Python's parser takes the last of several values of one name, NaN, UTF-16 and half characters;
+    other parsers do not, and two readers that differ can be told different things by one file.
+
+    Raises:
+        ValueError: It is malformed, too deep, or one of these; the text says what.
+    """
+    try:
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_once,
+            parse_int=_whole,
+            parse_constant=_no_number,
+        )
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name[:80]!r} stands there twice")
+            seen.add(name)
+    return found
+
+
+def _whole(text: str) -> int:
+    if text == "-0":  # a float, to other parsers
+        raise ValueError("-0 is no whole number")
+    return int(text)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
