@@ -10,6 +10,7 @@ import traceback
 import click
 
 from autodeco import __version__
+from autodeco.cli.converting import add_conversion_commands
 from autodeco.cli.doctoring import doctor
 from autodeco.cli.launching import launch
 from autodeco.cli.planning import plan
@@ -44,6 +45,7 @@ cli.add_command(plan)
 cli.add_command(doctor)
 cli.add_command(launch)
 add_stage_commands(cli)
+add_conversion_commands(cli)
 add_tool_commands(cli)
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from autodeco.convert.operations import Region
-from autodeco.convert.safetensors_header import DTYPE_BYTES, TensorInfo
 from autodeco.convert.shards import ShardReader, StoredTensor, named_function
 from autodeco.errors import WeightsError
+from autodeco.safetensors_header import DTYPE_BYTES, TensorInfo
 from autodeco.storage import StorageFormat
 
 TORCH_DTYPES = {
@@ -66,6 +66,14 @@ class DirectReader(ShardReader):
         """
         tensor = super().read(name, region)
         return tensor.to(TORCH_DTYPES[self.tensors[name].dtype]).cpu()
+
+    def read_bytes(self, name: str, start: int, size: int) -> Tensor:
+        """Returns bytes of a tensor that is stored as it is, uint8 [size], from its byte `start`.
+
+        Raises:
+            WeightsError: The file cannot be read, or is shorter than it was.
+        """
+        return self._bytes(name, self.tensors[name].parts[""], start, size)
 
     def _decode(self, tensor: StoredTensor, how: StorageFormat, parts: dict[str, Tensor]) -> Tensor:
         if self._device == "cpu" and how.decode_bfloat16 and not self._plainly:

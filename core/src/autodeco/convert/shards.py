@@ -9,14 +9,14 @@ from functools import lru_cache
 from importlib import import_module
 from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors import safe_open
 from torch import Tensor
 
 from autodeco.convert.operations import Region
-from autodeco.convert.safetensors_header import TensorInfo, read_checkpoint
 from autodeco.errors import PluginError, WeightsError
+from autodeco.safetensors_header import TensorInfo, read_checkpoint
 from autodeco.storage import BUILT_IN, Dims, StorageFormat
 
 PLAIN = ("F64", "F32", "F16", "BF16")
@@ -153,7 +153,7 @@ class ShardReader:
         self._open: dict[Path, Any] = {}
         self._opening = threading.Lock()
 
-    def __enter__(self) -> ShardReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

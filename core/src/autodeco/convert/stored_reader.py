@@ -36,6 +36,14 @@ class StoredReader:
     def __exit__(self, *_: object) -> None:
         self._open.clear()  # the maps close with the last tensor on them
 
+    def targets(self) -> frozenset[str]:
+        """Returns the names of all targets that it holds."""
+        return frozenset(self._pieces)
+
+    def size(self) -> int:
+        """Returns the bytes of all of them."""
+        return sum(written.size for pieces in self._pieces.values() for written in pieces)
+
     def read(self, target: str, dim: int = 0, rank: int = 0, ranks: int = 1) -> Tensor:
         """Returns the slice number `rank` of `ranks` along `dim` of each of the target's pieces.
 

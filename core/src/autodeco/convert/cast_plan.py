@@ -1,0 +1,188 @@
+"""What a cast will write: planned from the headers of the source alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import lcm, prod
+from pathlib import Path
+from typing import Any
+
+from autodeco.convert.shard_writer import ShardPlan, plan_shard
+from autodeco.convert.shards import PLAIN, StoredTensor, stored_tensors
+from autodeco.errors import UsageError, WeightsError
+from autodeco.files import read_json
+from autodeco.heads.places import WEIGHT_SUFFIXES, model_files
+from autodeco.safetensors_header import DTYPE_BYTES, INDEX, read_checkpoint
+from autodeco.storage import BUILT_IN, StorageFormat
+
+CONFIG = "config.json"
+_QUANTIZATION = "quantization_config"
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 writes the first; published files have both
+CHUNK_BYTES = 16 << 20  # glibc takes smaller blocks from a heap that it keeps: no page faults
+
+
+@dataclass(frozen=True)
+class CastShard:
+    """One file of the result.
+
+    Attributes:
+        file: Its name, which is that of the source's file with the same (main) tensors.
+        tensors: In the order of the file.
+        plan: Its header, and where each tensor goes.
+    """
+
+    file: str
+    tensors: tuple[StoredTensor, ...]
+    plan: ShardPlan
+
+
+@dataclass(frozen=True)
+class CastPlan:
+    """A cast to be done.
+
+    Attributes:
+        source: The checkpoint.
+        shards: The files with tensors.
+        config: The new ``config.json``.
+        files: Small files that are copied, relative to the source.
+        left_out: Files of weights that belong to no index, in whatever format.
+    """
+
+    source: Path
+    shards: tuple[CastShard, ...]
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+
+    @property
+    def size(self) -> int:
+        """Returns the bytes of the files with tensors."""
+        return sum(shard.plan.size for shard in self.shards)
+
+    @property
+    def read_size(self) -> int:
+        """Returns the bytes of tensors that are read."""
+        infos = (i for shard in self.shards for t in shard.tensors for i in t.parts.values())
+        return sum(info.size for info in infos)
+
+    @property
+    def decoded(self) -> int:
+        """Returns how many tensors are decoded; the others are copied."""
+        return sum(t.format is not None for shard in self.shards for t in shard.tensors)
+
+    @property
+    def count(self) -> int:
+        """Returns how many tensors there are."""
+        return sum(len(shard.tensors) for shard in self.shards)
+
+    def index(self) -> dict[str, Any]:
+        """Returns the new index."""
+        spans = [span for shard in self.shards for span in shard.plan.tensors.values()]
+        return {
+            "metadata": {"total_size": sum(span.size for span in spans)},
+            "weight_map": {name: s.file for s in self.shards for name in sorted(s.plan.tensors)},
+        }
+
+
+def plan_cast(source: Path, formats: Sequence[StorageFormat] = (), *, who: str = "") -> CastPlan:
+    """Plans the cast of a checkpoint to bfloat16.
+
+    Args:
+        source: In Hugging Face format.
+        formats: A plugin's own storage formats.
+        who: The plugin, for errors.
+
+    Raises:
+        WeightsError: A shard is missing or broken; a scale is missing, unused, or does not fit its
+            tensor; a tensor has a dtype that no storage format explains.
+        UsageError: Nothing is stored in parts: there is nothing to cast.
+    """
+    config = _config(source)
+    tensors = stored_tensors(read_checkpoint(source), formats, who=who)
+    _check_plain(tensors, (*formats, *BUILT_IN), who)
+    if all(tensor.format is None for tensor in tensors.values()):
+        raise UsageError(
+            "every tensor is stored as it is: there is nothing to cast",
+            where=str(source),
+            fix="use the checkpoint as it is; every command takes it",
+        )
+    by_file: dict[str, list[StoredTensor]] = {}
+    for tensor in tensors.values():
+        by_file.setdefault(tensor.file.name, []).append(tensor)
+    shards = tuple(_shard(file, by_file[file]) for file in sorted(by_file))
+    files = [f for f in model_files(source) if str(f) not in (CONFIG, INDEX)]
+    small = tuple(f for f in files if f.suffix not in WEIGHT_SUFFIXES)
+    sources = {info.file.name for t in tensors.values() for info in t.parts.values()}
+    left_out = tuple(f for f in files if f not in small and str(f) not in sources)
+    return CastPlan(source, shards, config, small, left_out)
+
+
+def _shard(file: str, tensors: list[StoredTensor]) -> CastShard:
+    ordered = tuple(sorted(tensors, key=lambda t: next(iter(t.parts.values())).start))
+    return CastShard(file, ordered, plan_shard((t.name, t.dtype, t.shape) for t in ordered))
+
+
+def _check_plain(
+    tensors: Mapping[str, StoredTensor], formats: Sequence[StorageFormat], who: str
+) -> None:
+    """Whatever no storage format has taken must be a number as it stands, and no scale."""
+    for name, tensor in tensors.items():
+        if tensor.format is not None:
+            continue
+        for one in formats:
+            for part, what in list(one.parts.items())[1:]:
+                if what.suffix and name.endswith(what.suffix) and tensor.dtype in what.dtypes:
+                    main = name.removesuffix(what.suffix) + one.main.suffix
+                    raise WeightsError(
+                        f"tensor {name!r} is a {part} of {one.name}, and {main!r} is "
+                        + ("not stored so" if main in tensors else "missing"),
+                        who=who,
+                        where=str(tensor.file),
+                        fix="the checkpoint is incomplete or half converted: fetch it again",
+                    )
+        if tensor.dtype not in PLAIN:
+            raise WeightsError(
+                f"tensor {name!r} is {tensor.dtype}, and no storage format says what it stands for",
+                who=who,
+                where=str(tensor.file),
+                fix="name the plugin that has the format (--plugin), or write a decoder: "
+                "docs/plugins.md",
+            )
+
+
+def _config(source: Path) -> dict[str, Any]:
+    """The config of the cast model: not quantised, of dtype bfloat16."""
+    config = read_json(source / CONFIG)
+    if not isinstance(config, dict):
+        raise WeightsError(
+            "config.json holds no object",
+            where=str(source / CONFIG),
+            fix="use the config.json that came with the checkpoint",
+        )
+    return _unquantised(config, top=True)
+
+
+def _unquantised(config: Mapping[str, Any], *, top: bool = False) -> dict[str, Any]:
+    plain = {
+        key: _unquantised(value) if key == "text_config" and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != _QUANTIZATION
+    }
+    keys = [key for key in _DTYPE_KEYS if key in plain] or (["dtype"] if top else [])
+    return {**plain, **dict.fromkeys(keys, "bfloat16")}
+
+
+def chunks(tensor: StoredTensor, limit: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+    """Yields the rows (of the first dimension) of blocks of about `limit` bytes, whole grains."""
+    rows = tensor.shape[0]
+    grain = 1
+    if tensor.format is not None:
+        for part, info in tensor.parts.items():
+            for axis in tensor.format.axes(part, len(info.shape)):
+                if axis is not None and axis.dim == 0:
+                    grain = lcm(grain, axis.grain)
+    row_bytes = prod(tensor.shape[1:]) * DTYPE_BYTES[tensor.dtype]
+    step = max(limit // max(row_bytes * grain, 1), 1) * grain
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
