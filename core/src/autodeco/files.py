@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from autodeco.errors import EnvironmentProblem, UsageError, WeightsError
+from autodeco.foreign import plain_json
 
 PARTIAL_SUFFIX = ".partial"
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of a file
@@ -261,7 +262,7 @@ def read_json(path: Path, *, who: str | None = None) -> Any:
         WeightsError: The file is missing, unreadable or malformed; the message has the line.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return plain_json(path)
     except FileNotFoundError as error:
         raise WeightsError(
             "the file is missing", who=who, where=str(path), fix="check the path"
@@ -273,7 +274,20 @@ def read_json(path: Path, *, who: str | None = None) -> Any:
             where=f"{path}:{error.lineno}:{error.colno}",
             fix="the file is damaged or was cut short: fetch or write it again",
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: also a number of 5,000 digits
         raise WeightsError(
             f"cannot read: {error}", who=who, where=str(path), fix="check the file"
         ) from error
+
+
+def read_object(path: Path, *, who: str | None = None) -> dict[str, Any]:
+    """Reads a JSON file that holds an object; raises as `read_json`, also if it holds none."""
+    value = read_json(path, who=who)
+    if not isinstance(value, dict):
+        raise WeightsError(
+            f"the file holds a {type(value).__name__}, not an object",
+            who=who,
+            where=str(path),
+            fix="use the file that came with the others, or fetch it again",
+        )
+    return value

@@ -8,6 +8,7 @@ from whoever set up the disk, not from what is written in a file.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 _LONGEST_NAME = 255  # bytes, on all usual filesystems
@@ -27,6 +28,25 @@ def is_plain_name(name: object) -> bool:
         return len(name.encode("utf-8")) <= _LONGEST_NAME
     except UnicodeEncodeError:  # half a character
         return False
+
+
+def plain_json(path: Path) -> Any:
+    """Parses a JSON file as Python does, but for text that cannot be written again.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file: a pipe, or a device that never ends.
+        ValueError: It is malformed, too deep, or holds half a character.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError("this is no regular file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value
 
 
 def strict_json(text: bytes) -> Any:
