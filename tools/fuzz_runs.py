@@ -171,13 +171,12 @@ def _make_imported(directory: Path) -> None:
     base.mkdir()
     _make_random(base)
     from autodeco.convert.importing import ready_weights
-    from autodeco.convert.source import open_source
 
     job = Job(
         plugin="qwen3", preset="debug", model=base, device="cpu", import_format="torch_dist",
         import_dir=directory / "made",
     )  # fmt: skip
-    ready_weights(_family(), job, open_source(_family(), job))
+    ready_weights(_family(), job)
     for path in (directory / "made").iterdir():
         path.rename(directory / path.name)
     (directory / "made").rmdir()

@@ -154,7 +154,7 @@ def _make_formats(directory: Path) -> None:
 
 def _read_config(directory: Path) -> None:
     from autodeco.engines.select import choose_dtype
-    from autodeco.heads.files import base_identity
+    from autodeco.heads.identity import base_identity
     from autodeco.registry import Registry
 
     for plugin, preset in ((None, None), ("qwen3", "auto"), ("qwen3", None)):

@@ -28,6 +28,10 @@ API = 1  # what changes it, and how long the one before works: docs/releasing.md
 OLDEST_API = 1
 AUTO_PRESET = "auto"
 _MISSING = object()
+# Far beyond any model: what a config.json asks for is built in memory before a byte is read.
+_MOST = {"num_layers": 10_000, "num_experts": 20_000}
+_MOST_EXPERTS = 250_000  # of all layers
+_LARGEST = 2**31 - 1
 
 _DEFAULT_CONFIG_KEYS: dict[str, str] = {
     "num_layers": "num_hidden_layers",
@@ -226,9 +230,13 @@ class Architecture:
             if value is not None:
                 values[name] = value
                 wanted = bool if name == "tied_embeddings" else int
-                if type(value) is not wanted:
+                most = _MOST.get(name, _LARGEST)
+                wrong = f"which is no {wanted.__name__}" if type(value) is not wanted else ""
+                if not wrong and value > most:
+                    wrong = f"which no model has (at most {most:,})"
+                if wrong:
                     raise WeightsError(
-                        f"{key!r} is {value!r}, which is no {wanted.__name__}",
+                        f"{key!r} is {value!r}, {wrong}",
                         where=where,
                         fix="use the config.json that came with the checkpoint",
                     )
@@ -242,7 +250,15 @@ class Architecture:
                     where=where,
                     fix="use the config.json that came with the checkpoint",
                 )
-        return ModelShape(**values)
+        shape = ModelShape(**values)
+        if len(shape.sparse_layers) * shape.num_experts > _MOST_EXPERTS:
+            raise WeightsError(
+                f"{len(shape.sparse_layers):,} layers of {shape.num_experts:,} experts, which no "
+                "model has",
+                where=where,
+                fix="use the config.json that came with the checkpoint",
+            )
+        return shape
 
 
 @dataclass(frozen=True)

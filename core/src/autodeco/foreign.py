@@ -11,7 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from autodeco.errors import UsageError
+
 _LONGEST_NAME = 255  # bytes, on all usual filesystems
+_MOST_VALUES, _DEEPEST = 100_000, 50  # in a configuration
+_LARGEST = 2**63 - 1
 
 
 def is_plain_name(name: object) -> bool:
@@ -27,6 +31,48 @@ def is_plain_name(name: object) -> bool:
     try:
         return len(name.encode("utf-8")) <= _LONGEST_NAME
     except UnicodeEncodeError:  # half a character
+        return False
+
+
+def check_plain(value: Any, where: str) -> None:
+    """Checks that a value is one that JSON can hold, and as small as a configuration is.
+
+    YAML has dates, sets and objects, and what its anchors repeat is small in the file and in
+    memory, but not once it is printed or written.
+
+    Raises:
+        UsageError: It is not; the text says why.
+    """
+    left, count = [(value, 0)], 0
+    while left:
+        one, depth = left.pop()
+        count += 1
+        wrong = ""
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            wrong = "it holds more than a configuration does, counted with all that is repeated"
+        elif isinstance(one, dict):
+            if depth and not all(isinstance(name, str) for name in one):
+                wrong = f"{next(n for n in one if not isinstance(n, str))!r} is no text, but a name"
+            left += [(part, depth + 1) for pair in one.items() for part in pair]
+        elif isinstance(one, list):
+            left += [(part, depth + 1) for part in one]
+        elif isinstance(one, str):
+            wrong = "" if is_text(one) else f"{one[:80]!r} is no text that can be written"
+        elif one is not None and not isinstance(one, bool | int | float):
+            wrong = f"a {type(one).__name__} stands in it, which no option takes"
+        elif isinstance(one, int) and abs(one) > _LARGEST:
+            wrong = "a number in it has more than 63 bits"
+        if wrong:
+            raise UsageError(
+                f"the configuration cannot be used: {wrong}", where=where, fix="correct the file"
+            )
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be a file's name, and be written in UTF-8."""
+    try:
+        return "\0" not in value and bool(value.encode() or True)
+    except UnicodeEncodeError:
         return False
 
 
@@ -61,7 +107,7 @@ def strict_json(text: bytes) -> Any:
     try:
         value = json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=_once,
+            object_pairs_hook=each_once,
             parse_int=_whole,
             parse_constant=_no_number,
         )
@@ -72,7 +118,8 @@ def strict_json(text: bytes) -> Any:
     return value
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's names and values, for `json.loads`; two of one name are a ValueError."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from autodeco.errors import UsageError
+from autodeco.foreign import check_plain, is_text
 from autodeco.job import Job
 from autodeco.stopping import parse_duration
 
+_LARGEST = 2**63 - 1
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_STEP = re.compile("[0-9]{1,18}")
 _BOUNDS: Mapping[str, tuple[Callable[[Any, Any], bool], str]] = {
     "low": (operator.ge, "at least"),
     "high": (operator.le, "at most"),
@@ -51,6 +54,7 @@ def coerce_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
             raise UsageError(
                 f"{name} is given twice, with - and with _", where=where, fix="remove one of them"
             )
+        _check_representable(key, value, where)
         result[name] = _coerce(name, value, hints[name], where)
         _check_words(name, result[name], fields, where)
         _check_bounds(key, result[name], fields[name].metadata["bounds"], where)
@@ -65,11 +69,24 @@ def coerce_values(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     return result
 
 
+def _check_representable(key: str, value: Any, where: str) -> None:
+    """Refuses what no file name and no ``job.json`` can hold, whatever the option."""
+    if isinstance(value, dict):
+        check_plain(value, where)
+    problem = ""
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        problem = "the number has more than 63 bits"
+    elif isinstance(value, str | Path) and not is_text(str(value)):
+        problem = f"{str(value)[:80]!r} holds a NUL, or bytes that are not UTF-8"
+    if problem:
+        raise UsageError(f"{key}: {problem}", where=where, fix="give another value")
+
+
 def _check_words(name: str, value: Any, fields: Mapping[str, Any], where: str) -> None:
     """Checks the fields of text that are not free."""
     if name == "time_limit" and value is not None:
         parse_duration(value)
-    if name == "checkpoint" and value not in ("best", "last") and not value.isdecimal():
+    if name == "checkpoint" and value not in ("best", "last") and not _STEP.fullmatch(value):
         raise UsageError(
             f"checkpoint: {value!r} is neither best, last nor a step",
             where=where,

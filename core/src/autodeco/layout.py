@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -61,7 +62,7 @@ class ParallelLayout:
                     where=text,
                     fix=f"did you mean {near[0]!r}?" if near else f"use {', '.join(_KEYS)}",
                 )
-            if not value.isdecimal() or int(value) < 1:
+            if not re.fullmatch("[0-9]{1,9}", value) or int(value) < 1:
                 raise UsageError(
                     f"layout: {part!r} is no positive whole number",
                     where=text,

@@ -21,7 +21,7 @@ from autodeco.files import (
     PARTIAL_SUFFIX,
     atomic_write_json,
     make_directory,
-    read_json,
+    read_object,
     remove,
     remove_partial,
 )
@@ -73,7 +73,7 @@ class RunDirectory:
 
     def read_manifest(self, stage: str) -> dict[str, Any]:
         """Returns what a completed stage recorded."""
-        return dict(read_json(self.manifest(stage)))
+        return read_object(self.manifest(stage))
 
     def complete(self, stage: str, seconds: float, **outputs: Any) -> None:
         """Marks a stage as done: what it made, with which versions, and peak memory so far."""
@@ -241,7 +241,7 @@ def _is_bare_run(path: Path) -> bool:
 
 def _newest_trained(base: Path, digest: str) -> Path:
     for path in sorted((p for p in base.glob("*") if (p / JOB_FILE).exists()), reverse=True):
-        same = read_json(path / JOB_FILE).get(_HASH) == digest
+        same = read_object(path / JOB_FILE).get(_HASH) == digest
         if same and RunDirectory(path, True).done("train"):
             return path
     raise RunError(
@@ -257,7 +257,7 @@ def _newest_unfinished(base: Path, digest: str) -> tuple[Path | None, list[str]]
     for path in runs:
         if RunDirectory(path, True).finished:
             continue
-        if read_json(path / JOB_FILE).get(_HASH) == digest:
+        if read_object(path / JOB_FILE).get(_HASH) == digest:
             return path, [*remarks, f"continuing the unfinished run {path}"]
         remarks.append(f"the unfinished run {path} is of another job; it is left alone")
     return None, remarks[:1]
@@ -268,11 +268,13 @@ def _check_same(
 ) -> None:
     if not (path / JOB_FILE).exists():
         raise RunError("no run is there", where=str(path), fix="give the path of a run directory")
-    old = read_json(path / JOB_FILE)
+    old = read_object(path / JOB_FILE)
     if old.get(_HASH) == digest:
         return
     mine = {**job.result_values(), **{f"{k} (content)": v for k, v in inputs.items()}}
-    theirs = {**old, **{f"{k} (content)": v for k, v in (old.get(_INPUTS) or {}).items()}}
+    read = old.get(_INPUTS)
+    contents = read if isinstance(read, dict) else {}
+    theirs = {**old, **{f"{k} (content)": v for k, v in contents.items()}}
     changed = [name for name, value in mine.items() if theirs.get(name) != value]
     trained = RunDirectory(path, True).done("train")
     if trained and changed:

@@ -12,6 +12,7 @@ from typing import Any
 
 from autodeco.errors import UsageError
 from autodeco.family import AUTO_PRESET
+from autodeco.foreign import check_plain, each_once
 from autodeco.job import AUTO, Job
 from autodeco.job_values import coerce_values
 from autodeco.registry import Registry, Resolution
@@ -94,8 +95,22 @@ def _of_run(resume: str) -> dict[str, Any]:
     if resume in (AUTO, "new") or not (path / JOB_FILE).exists():
         return {}
     values = read_config(path / JOB_FILE)
-    del values["resume"], values["allow_change"]
+    values = {name: v for name, v in values.items() if name not in ("resume", "allow_change")}
     return {**values, "out": path.absolute().parents[1], "name": path.absolute().parent.name}
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parses YAML; of two values of one name, and of what anchors can grow into, none is taken."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            each_once([(name, None) for name in names])
+            if "<<" in names:  # merged again and again, a few lines fill the memory
+                raise ValueError("<< is not read here: write the options out")
+
+    return yaml.load(text, Loader)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -105,15 +120,13 @@ def read_config(path: Path) -> dict[str, Any]:
         UsageError: The file cannot be read, or holds an unknown key or an unfit value.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".toml":
             content = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            content = yaml.safe_load(text) or {}
+            content = _parse_yaml(text) or {}
         elif path.suffix == ".json":
-            content = json.loads(text)
+            content = json.loads(text, object_pairs_hook=each_once)
         else:
             raise UsageError(
                 f"cannot tell the format of {path.suffix or 'a file without ending'}",
@@ -138,4 +151,5 @@ def read_config(path: Path) -> dict[str, Any]:
             where=str(path),
             fix="write one `option: value` a line",
         )
+    check_plain(content, str(path))
     return coerce_values(job_values(content), where=str(path))

@@ -17,7 +17,8 @@ from typing import Any
 from autodeco.errors import Interrupted, StoppedEarly, UsageError
 from autodeco.processes import seconds_since_start
 
-_DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
+_NUMBER = r"([0-9]{1,12})"
+_DURATION = re.compile(rf"(?:{_NUMBER}d)?(?:{_NUMBER}h)?(?:{_NUMBER}m)?(?:{_NUMBER}s?)?")
 _UNITS = (86400, 3600, 60, 1)
 
 

@@ -288,6 +288,13 @@ class WeightMap:
             WeightsError: A tensor is neither used nor dropped, or one is missing.
         """
         available = set(names)
+        if shape.num_layers > len(available):  # said before they are all counted out
+            raise WeightsError(
+                f"{shape.num_layers:,} layers cannot be made of {len(available):,} tensors",
+                who=who,
+                where=where,
+                fix="the checkpoint is incomplete, or its config.json of another: fetch it again",
+            )
         rules = self.expand(shape)
         wanted = {name for rule in rules for name in rule.sources}
         dropped = {

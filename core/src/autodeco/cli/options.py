@@ -28,8 +28,8 @@ class JsonObject(click.ParamType):  # type: ignore[type-arg, unused-ignore]
             return value
         try:
             parsed = json.loads(value)
-        except json.JSONDecodeError as error:
-            self.fail(f"{value!r} is no JSON: {error}", param, ctx)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{value[:200]!r} is no JSON: {error}", param, ctx)
         if not isinstance(parsed, dict):
             self.fail(f"{value!r} is no JSON object", param, ctx)
         return parsed

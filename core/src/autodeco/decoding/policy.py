@@ -6,6 +6,7 @@ The same rule serves transformers' generate() and vLLM.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,7 +70,8 @@ def check_scale(name: str, value: Any) -> float:
     Raises:
         UsageError: It is neither.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value <= sys.float_info.max:
         raise UsageError(
             f"{name} = {value!r}: a positive number is needed",
             fix="1 leaves the heads as they are; use autodeco=False to switch them off",

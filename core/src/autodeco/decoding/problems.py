@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from autodeco.errors import DataError, UsageError
+from autodeco.foreign import each_once
+from autodeco.training.data import numbered_lines
 from autodeco.training.tokenization import tokenize_prompt
 
 FORMATS = ("auto", "text", "chat")
@@ -37,20 +39,23 @@ def load_problems(path: Path, *, limit: int | None = None) -> list[Problem]:
     Raises:
         DataError: The file or a line of it cannot be used; the message has file and line.
     """
+    problems: list[Problem] = []
+    where = str(path)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with path.open("rb") as stream:
+            for number, raw in numbered_lines(stream, path):
+                if limit is not None and len(problems) >= limit:
+                    break
+                where = f"{path}:{number}"
+                line = raw.decode("utf-8-sig")
+                if line.strip():
+                    problems.append(_problem(line, where, number))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read the problems: {error}",
-            where=str(path),
+            where=where,
             fix="check the path of --problems; the file is UTF-8 text",
         ) from error
-    problems: list[Problem] = []
-    for number, line in enumerate(lines, 1):
-        if limit is not None and len(problems) >= limit:
-            break
-        if line.strip():
-            problems.append(_problem(line, f"{path}:{number}", number))
     if not problems:
         raise DataError(
             "the file has no problems", where=str(path), fix="give lines of problem and gt"
@@ -60,7 +65,7 @@ def load_problems(path: Path, *, limit: int | None = None) -> list[Problem]:
 
 def _problem(line: str, where: str, number: int) -> Problem:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=each_once)
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise DataError(

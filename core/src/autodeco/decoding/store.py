@@ -129,13 +129,15 @@ class AnswerLog:
             first, *lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
             found = json.loads(first)
             rows = found.pop(_ROWS)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none of ours
-            return None, []
-        if found != json.loads(json.dumps(header)) or not isinstance(rows, int):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return None, []  # none of ours
+        if found != json.loads(json.dumps(header)) or type(rows) is not int or rows < 1:
             return None, []
         kept = []
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(
+                ValueError, KeyError, TypeError, OverflowError, RecursionError
+            ):
                 setting, answer = _answer(json.loads(line))
                 self._found[setting, answer.prompt, answer.sample] = answer
                 kept.append(line)

@@ -12,7 +12,7 @@ import torch
 from autodeco.engines.base import Engine
 from autodeco.engines.hf import HFEngine
 from autodeco.errors import EnvironmentProblem, UsageError
-from autodeco.files import read_json
+from autodeco.files import read_object
 from autodeco.hookspecs import ImportedWeights
 from autodeco.layout import ParallelLayout
 from autodeco.processes import world_size
@@ -65,7 +65,7 @@ def choose_dtype(name: str, path: Path, device: torch.device) -> torch.dtype:
         }[name]
     if device.type == "cpu":
         return torch.float32
-    config = read_json(path / "config.json")
+    config = read_object(path / "config.json")
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     stored = stored.removeprefix("torch.")
     known = {"float32": torch.float32, "float16": torch.float16}

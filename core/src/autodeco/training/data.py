@@ -13,18 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from autodeco.errors import DataError
+from autodeco.foreign import each_once
 from autodeco.heads.random import counter_uniform
 from autodeco.training.tokenization import Tokenized, check_tokenizer, tokenize_chat, tokenize_text
 
 _KEYS = ("prompt", "completion", "inputs", "messages", "tools")
 _SPLIT_STREAM = 0x5EED
+_LONGEST_LINE = 64 << 20  # bytes; a sample of a million tokens is a tenth of it
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     try:
         with path.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
+            for number, raw in numbered_lines(stream, path):
                 record = _parse(raw, f"{path}:{number}")
                 if record is not None:
                     yield number, record
@@ -93,6 +95,24 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(
             f"cannot read the data: {error.strerror}", where=str(path), fix="check the path"
         ) from error
+
+
+def numbered_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields line number (from 1) and line; a file without line ends does not fill the memory.
+
+    Raises:
+        DataError: A line has more than 64 MiB.
+    """
+    number = 0
+    while raw := stream.readline(_LONGEST_LINE + 1):
+        number += 1
+        if len(raw) > _LONGEST_LINE:
+            raise DataError(
+                f"the line is longer than {_LONGEST_LINE >> 20} MiB",
+                where=f"{path}:{number}",
+                fix="write one JSON object a line",
+            )
+        yield number, raw
 
 
 def _parse(raw: bytes, where: str) -> dict[str, Any] | None:
@@ -105,7 +125,8 @@ def _parse(raw: bytes, where: str) -> dict[str, Any] | None:
     if not text:
         return None
     try:
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=each_once)
+        halved = "\\u" in text and _has_half_character(record)
     except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         column = getattr(error, "colno", 1)
         raise DataError(
@@ -113,7 +134,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any] | None:
             where=f"{where}:{column}",
             fix="write one JSON object a line",
         ) from error
-    if "\\u" in text and _has_half_character(record):
+    if halved:
         raise DataError(
             "the text holds half a character (a \\ud800..\\udfff escape without its pair)",
             where=where,

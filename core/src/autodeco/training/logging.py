@@ -33,15 +33,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(_row(line))
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise RunError(
-                    f"malformed metrics: {error.msg}",
+                    f"malformed metrics: {error}",
                     where=f"{path}:{number}",
                     fix="remove the line, then run again",
                 ) from error
     return rows
+
+
+def _row(line: str) -> dict[str, Any]:
+    row = json.loads(line)
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("no row with a step")
+    return row
 
 
 class MetricsLog:

@@ -88,10 +88,12 @@ def show_samples(
         DataError: The data or the tokenizer cannot be used.
         WeightsError: The checkpoint cannot be read.
     """
-    from autodeco.files import read_json
+    from autodeco.files import read_object
 
     tokenizer = load_tokenizer(model)
-    vocab_size = int(read_json(model / "config.json").get("vocab_size") or len(tokenizer))
+    vocab_size = read_object(model / "config.json").get("vocab_size")
+    if type(vocab_size) is not int or vocab_size < 1:
+        vocab_size = len(tokenizer)
     samples = load_samples(
         path,
         tokenizer,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autodeco.errors import DataError
-from autodeco.files import read_json
+from autodeco.errors import DataError, WeightsError
+from autodeco.files import read_object
+from autodeco.foreign import is_plain_name
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,14 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_files(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(model), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # its parsers, one of them not in Python, raise anything
         raise DataError(
-            f"the tokenizer cannot be loaded: {error}",
+            f"the tokenizer cannot be loaded: {error or type(error).__name__}",
             where=str(model),
             fix="put the tokenizer's files beside the checkpoint's",
         ) from error
@@ -73,15 +75,46 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def _check_files(model: Path) -> None:
+    """Refuses a tokenizer whose configuration names files: they are found by their usual names.
+
+    Raises:
+        DataError: It names one outside of the directory.
+        WeightsError: The configuration cannot be read.
+    """
+    path = model / "tokenizer_config.json"
+    for key, value in (read_object(path) if path.is_file() else {}).items():
+        given = value if isinstance(value, list) else [value]
+        if not key.endswith(("_file", "_files")) or not any(given):
+            continue
+        if not all(is_plain_name(name) for name in given):
+            raise DataError(
+                f"{key} is {value!r}: a file outside of the directory would be read",
+                where=str(path),
+                fix="do not use this tokenizer: its configuration is forged or of another machine",
+            )
+
+
 def eos_token_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Returns every token id that ends an answer, the tokenizer's own first."""
+    """Returns every token id that ends an answer, the tokenizer's own first.
+
+    Raises:
+        WeightsError: A configuration of the checkpoint cannot be read, or names something else.
+    """
     found: list[int] = []
     if getattr(tokenizer, "eos_token_id", None) is not None:
         found.append(int(tokenizer.eos_token_id))
     for name in ("generation_config.json", "config.json"):
         if (model / name).exists():
-            ids = read_json(model / name).get("eos_token_id")
-            found += [ids] if isinstance(ids, int) else list(ids or ())
+            ids = read_object(model / name).get("eos_token_id")
+            listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+            if any(type(i) is not int for i in listed):
+                raise WeightsError(
+                    f"eos_token_id is {ids!r}, neither a whole number nor a list of them",
+                    where=str(model / name),
+                    fix="use the file that came with the checkpoint",
+                )
+            found += listed
     return tuple(dict.fromkeys(found))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from autodeco.convert.operations import Region
 from autodeco.convert.shards import ShardReader
 from autodeco.engines.megatron.loading import Place, _local_target, parameters_by_target
 from autodeco.errors import WeightsError
+from autodeco.foreign import strict_json
 from autodeco.layout import ParallelLayout
 from autodeco.weights import BoundRule, BoundWeightMap, Dims
 
@@ -50,17 +50,8 @@ def tensor_names(index: Path) -> tuple[str, ...]:
     Raises:
         WeightsError: The file cannot be read, has no weight_map, or names a tensor twice.
     """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise _broken(index, f"{name!r} stands in the index twice")
-            found[name] = value
-        return found
-
     try:
-        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=once)
+        content = strict_json(index.read_bytes())
     except (OSError, ValueError) as error:
         raise _broken(index, f"the index cannot be read: {error}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

@@ -11,7 +11,7 @@ import torch
 from autodeco.engines.megatron.landing import tensor_names
 from autodeco.engines.megatron.plan import Request
 from autodeco.family import FamilySpec, ModelPreset
-from autodeco.files import read_json
+from autodeco.files import read_object
 from autodeco.job import Job
 
 
@@ -45,7 +45,7 @@ def request_for(
     """
     architecture = family.architecture(preset.architecture)
     config = (
-        read_json(model / "config.json", who=family.id)
+        read_object(model / "config.json", who=family.id)
         if model
         else architecture.config_json(preset.shape, preset.config)
     )
