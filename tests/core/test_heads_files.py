@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny import HIDDEN, save_tiny, save_tiny_heads, tiny_heads, tiny_model
 
 from autodeco.errors import UsageError, WeightsError
-from autodeco.heads.files import base_identity, load_heads, save_heads
+from autodeco.heads.files import load_heads, save_heads
+from autodeco.heads.identity import base_identity
 
 PUBLISHED_NAMES = {
     f"{head}.mlp.{layer}.{kind}"
@@ -144,7 +145,7 @@ def test_bad_tensor_is_named(tmp_path: Path, name: str, change: Any, message: st
 def test_truncated_file(tmp_path: Path, length: int) -> None:
     file = save_tiny_heads(tmp_path / "h") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(WeightsError, match="not a complete safetensors file"):
+    with pytest.raises(WeightsError, match="safetensors header|its header says"):
         load_heads(file.parent)
 
 
@@ -160,7 +161,7 @@ def test_index_may_not_leave_the_directory(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"temp_head.mlp.0.weight": "../secret.safetensors"}})
     )
-    with pytest.raises(WeightsError, match="not a file of this directory"):
+    with pytest.raises(WeightsError, match="outside the directory"):
         load_heads(tmp_path)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, save_tiny_heads, tiny_heads, tiny_model
 from transformers import AutoModelForCausalLM
 
-from autodeco.errors import AutodecoError, UsageError, WeightsError
+from autodeco.errors import AutodecoError, EnvironmentProblem, UsageError, WeightsError
 from autodeco.heads import places
 from autodeco.heads.files import load_heads
 from autodeco.heads.merge import merge, split
@@ -71,16 +71,22 @@ def test_native_loads_as_the_base_model(base: Path, heads: Path, tmp_path: Path)
     assert torch.equal(a(IDS).logits, b(IDS).logits)
 
 
-def test_copy_and_what_happens_without_links(
+def test_without_links_nothing_is_copied_unless_asked(
     base: Path, heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = merge(base, heads, tmp_path / "asked", copy=True)
     assert asked.copied > 0 == asked.linked
     monkeypatch.setattr(os, "link", _no_link)
-    monkeypatch.setattr("autodeco.files.reflink", lambda *_: False)
-    forced = merge(base, heads, tmp_path / "forced")
-    assert forced.copied == asked.copied and forced.linked == 0
-    assert forced.bytes_written >= sum(p.stat().st_size for p in base.glob("*.safetensors"))
+    monkeypatch.setattr("autodeco.copying.reflink", lambda *_: False)
+    size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
+    with pytest.raises(EnvironmentProblem, match=f"{size:,} bytes") as refused:
+        merge(base, heads, tmp_path / "forced")
+    assert str(base) in str(refused.value) and "--copy" in str(refused.value)
+    assert not list(tmp_path.glob("*forced*")) and not list(tmp_path.glob(".link*"))
+    forced = merge(base, heads, tmp_path / "forced", copy=None)  # a built-in model
+    assert forced.copied == asked.copied and forced.linked == 0 and forced.bytes_written >= size
+    for name in ("asked", "forced"):
+        same_file_bytes(base, tmp_path / name, [p.name for p in base.glob("*.safetensors")])
 
 
 def _no_link(*_: Any, **__: Any) -> None:
@@ -222,7 +228,7 @@ def test_merged_base_is_refused(base: Path, heads: Path, tmp_path: Path, layout:
 def test_missing_and_truncated_shard(base: Path, heads: Path, tmp_path: Path, layout: str) -> None:
     shard = sorted(base.glob("*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(WeightsError, match="not a complete safetensors file"):
+    with pytest.raises(WeightsError, match="safetensors header|its header says"):
         merge(base, heads, tmp_path / "m", layout=layout)
     shard.unlink()
     with pytest.raises(WeightsError, match=r"missing|is there"):
@@ -240,7 +246,7 @@ def test_a_failure_leaves_nothing(
     def fail(*_: Any, **__: Any) -> None:
         raise full
 
-    monkeypatch.setattr(places.shutil, "copyfile", fail)
+    monkeypatch.setattr(shutil, "copyfile", fail)
     with pytest.raises(AutodecoError, match="No space left"):
         merge(base, heads, tmp_path / "m", layout=layout)
     assert bytes_of(base) == before

@@ -26,7 +26,8 @@ from autodeco.convert.source import open_source
 from autodeco.engines.hf import HFEngine
 from autodeco.errors import PluginError, UsageError, WeightsError
 from autodeco.family import FamilySpec
-from autodeco.heads.files import base_identity, load_heads, save_heads
+from autodeco.heads.files import load_heads, save_heads
+from autodeco.heads.identity import base_identity
 from autodeco.heads.modules import DecodingHeads, HeadsConfig
 from autodeco.job import Job
 from autodeco.layout import ParallelLayout

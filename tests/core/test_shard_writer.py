@@ -12,9 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from autodeco.convert.safetensors_header import read_header
 from autodeco.convert.shard_writer import ShardWriter, plan_shard
 from autodeco.errors import EnvironmentProblem, WeightsError
+from autodeco.safetensors_header import read_header
 
 TENSORS = {
     "a": torch.arange(15, dtype=torch.float32).view(3, 5),

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from autodeco.convert.operations import pack, unpack
 from autodeco.convert.random_checkpoint import write_random_checkpoint
-from autodeco.convert.safetensors_header import read_checkpoint, read_header
 from autodeco.convert.source import open_source
 from autodeco.engines.hf import HFEngine
 from autodeco.errors import WeightsError
 from autodeco.job import Job
+from autodeco.safetensors_header import read_checkpoint, read_header
 from autodeco.weights import Drop, WeightMap
 from autodeco_plugin_qwen3.family import FAMILY
 

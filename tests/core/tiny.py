@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from autodeco.heads.files import base_identity, save_heads
+from autodeco.heads.files import save_heads
+from autodeco.heads.identity import base_identity
 from autodeco.heads.modules import DecodingHeads, HeadsConfig
 
 VOCABULARY = 97

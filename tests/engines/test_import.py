@@ -26,7 +26,7 @@ from autodeco.cli import main
 from autodeco.convert import stored_writer
 from autodeco.convert.importing import ready_weights
 from autodeco.convert.random_checkpoint import write_random_checkpoint
-from autodeco.convert.safetensors_header import read_checkpoint
+from autodeco.safetensors_header import read_checkpoint
 from autodeco.convert.stored import MANIFEST, read_manifest, verify
 from autodeco.convert.stored_reader import StoredReader
 from autodeco.engines.select import choose_engine

@@ -10,17 +10,18 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from autodeco.errors import EnvironmentProblem, UsageError, WeightsError
 from autodeco.foreign import plain_json
 
 PARTIAL_SUFFIX = ".partial"
-_FICLONE = 0x40049409  # linux/fs.h: share the blocks of a file
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 
 
 def write_problem(error: OSError, path: Path, what: str = "write") -> EnvironmentProblem:
@@ -170,10 +171,15 @@ def publish(prepared: Path, final: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Flushes every file and directory below `directory` to the disk."""
+    """Flushes every directory and every new file below `directory` to the disk.
+
+    A file with several hard links was there before: what flushes it is not who links it.
+    """
     for root, _, names in os.walk(directory):
         for name in names:
-            sync(Path(root, name))
+            path = Path(root, name)
+            if path.lstat().st_nlink == 1:
+                sync(path)
         sync(Path(root))
 
 
@@ -216,43 +222,14 @@ def _delete(path: Path) -> None:
         raise write_problem(error, path, "remove") from error
 
 
-def link_or_copy(source: Path, target: Path) -> Literal["hardlink", "reflink", "copy"]:
-    """Gives `target` the content of `source`, sharing its blocks where the filesystem can.
-
-    Symbolic links are resolved first (hub caches are full of them).
-
-    Returns:
-        How it was done: a hard link, a reflink (copy on write), or a full copy.
-
-    Raises:
-        EnvironmentProblem: None of the three worked.
-    """
-    source = source.resolve()
-    with contextlib.suppress(OSError):
-        os.link(source, target)
-        return "hardlink"
-    if reflink(source, target):
-        return "reflink"
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise write_problem(error, target) from error
-    return "copy"
-
-
-def reflink(source: Path, target: Path) -> bool:
-    """Makes `target` a copy on write of `source`; returns whether the filesystem can."""
-    try:
-        import fcntl
-    except ImportError:  # not on this platform
-        return False
-    try:
-        with source.open("rb") as reader, target.open("xb") as writer:
-            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-    except OSError:
-        target.unlink(missing_ok=True)
-        return False
-    return True
+def fetch_hint(model: Path) -> str | None:
+    """Returns what to do about a model that is not there and whose name is one of the hub's."""
+    if model.exists() or not _HUB_ID.fullmatch(str(model)):
+        return None
+    return (
+        f"if it is a model of the hub, run `autodeco fetch {model}` and give the directory that "
+        "it prints; else check the path"
+    )
 
 
 def read_json(path: Path, *, who: str | None = None) -> Any:
@@ -265,7 +242,10 @@ def read_json(path: Path, *, who: str | None = None) -> Any:
         return plain_json(path)
     except FileNotFoundError as error:
         raise WeightsError(
-            "the file is missing", who=who, where=str(path), fix="check the path"
+            "the file is missing",
+            who=who,
+            where=str(path),
+            fix=fetch_hint(path.parent) or "check the path",
         ) from error
     except json.JSONDecodeError as error:
         raise WeightsError(

@@ -159,6 +159,25 @@ def prepare_inputs(job: Job, resolution: Resolution, directory: Path) -> Inputs:
     return Inputs(job, model_name, problems)
 
 
+def require_merge(job: Job, place: Path, *, begun: bool) -> None:
+    """Checks before the training that what is merged after it can be.
+
+    Args:
+        job: As it was given: a built-in model is copied where it cannot be linked.
+        place: Where the run is, or will be.
+        begun: The run is there, and has not merged yet: is there room for what it will write?
+
+    Raises:
+        EnvironmentProblem: The weights cannot be linked there and --copy was not given, or there
+            is no room for them.
+    """
+    from autodeco.heads.places import require_ways
+
+    linked = job.merge == "native" and not job.copy
+    if job.model is not None and job.merge != "none" and (linked or begun):
+        require_ways(job.model, place / "merged", job.merge, copy=job.copy)
+
+
 def _require_task(resolution: Resolution) -> str:
     if resolution.preset.task != "stories":
         raise PluginError(
@@ -220,7 +239,7 @@ def _lines(path: Path) -> int:
 
 
 def _model_digest(model: Path) -> str:
-    from autodeco.convert.safetensors_header import read_checkpoint
+    from autodeco.safetensors_header import read_checkpoint
     from autodeco.training.data import file_digest
 
     digest = hashlib.sha256()

@@ -270,7 +270,11 @@ class Job:
         section="out",
         choices=("native", "autodeco", "none"),
     )
-    copy: bool = _option(False, "Copy the base's weights instead of linking them.", section="out")
+    copy: bool = _option(
+        False,
+        "Copy the base's weights instead of linking them: needed across filesystems.",
+        section="out",
+    )
     problems: Path | None = _option(
         None, "Problems to evaluate on, JSONL of problem and gt.", section="evaluate"
     )

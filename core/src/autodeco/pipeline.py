@@ -17,7 +17,7 @@ from autodeco.cluster.log import rank_log
 from autodeco.errors import AutodecoError, UsageError
 from autodeco.files import remove
 from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
-from autodeco.inputs import Inputs, prepare_inputs
+from autodeco.inputs import Inputs, prepare_inputs, require_merge
 from autodeco.job import Job
 from autodeco.lock import run_lock
 from autodeco.processes import rank, world_size
@@ -109,12 +109,16 @@ class _Run:
         self.again = _AFTER_TRAINING.issuperset(wanted)
         self.state = _State()
         self.inputs: Inputs
-        self.job, self.asked_layout = job, job.layout
+        self.job, self.asked_layout, self.built_in = job, job.layout, job.model is None
 
     def execute(self) -> RunSummary:
         """Opens the run directory under its lock and goes through the stages."""
         cluster, first = self.cluster, rank() == 0
         digests = cluster.together(lambda: Inputs.digests(self.job, self.resolution))
+        merges = first and "merge" in self.wanted
+        cluster.together(
+            lambda: require_merge(self.job, self.job.out, begun=False) if merges else None
+        )
         cluster.same_inputs(digests)
         cluster.same_layout(self.layout)
         self.digest = self.job.digest(digests)
@@ -157,6 +161,8 @@ class _Run:
             self.directory, self.job, self.digest, digests, forwarded_variables()
         ):
             self.console.print(escape(f"removed {left}, of an interrupted run"), highlight=False)
+        if "merge" in self.wanted and not self.directory.done("merge"):
+            require_merge(self.job, self.directory.path, begun=True)
 
     def _inputs(self) -> Inputs:
         return prepare_inputs(self.job, self.resolution, self.directory.path)
@@ -323,6 +329,7 @@ class _Run:
         return f"{artifact.path} from {checkpoint.name}", {"checkpoint": checkpoint.name}
 
     def _merge(self) -> tuple[str | None, dict[str, Any]]:
+        from autodeco.convert.workers import BytesProgress
         from autodeco.heads.merge import merge
 
         target = self.directory.path / "merged"
@@ -335,7 +342,8 @@ class _Run:
             self.directory.path / "heads",
             target,
             layout=self.job.merge,
-            copy=self.job.copy,
+            copy=self.job.copy or (None if self.built_in else False),
+            progress=lambda total: BytesProgress(self.console, "merge", total),
         )
         return f"{target} ({report.describe()})", {"layout": self.job.merge}
 

@@ -84,9 +84,19 @@ def merge(
     base = _needed("--model", values["model"])
     if values["merge"] == "none":
         raise UsageError("--merge none merges nothing", fix="choose native or autodeco")
+    from rich.console import Console
+
+    from autodeco.convert.workers import BytesProgress
     from autodeco.heads.merge import merge as merge_files
 
-    report = merge_files(base, heads, output, layout=values["merge"], copy=values["copy"])
+    report = merge_files(
+        base,
+        heads,
+        output,
+        layout=values["merge"],
+        copy=values["copy"],
+        progress=lambda total: BytesProgress(Console(stderr=True), "merge", total),
+    )
     _say(as_json, f"{output}: {report.describe()}", output=output, made=report.describe())
 
 

@@ -26,15 +26,22 @@ def add_tool_commands(group: click.Group) -> None:
 @click.option("--input", "source", type=_PATH, required=True, help="A merged checkpoint.")
 @click.option("--output", type=_PATH, required=True, help="The heads directory to write.")
 @click.option("--base", type=_PATH, help="Write the base model here as well.")
+@click.option("--copy", is_flag=True, help="Copy the base's weights instead of linking them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def split(source: Path, output: Path, base: Path | None, as_json: bool) -> None:
+def split(source: Path, output: Path, base: Path | None, copy: bool, as_json: bool) -> None:
     """Take the heads out of a merged checkpoint: the inverse of merge.
 
     Example: autodeco split --input merged --output my-heads
     """
+    from rich.console import Console
+
+    from autodeco.convert.workers import BytesProgress
     from autodeco.heads.merge import split as split_files
 
-    written = str(split_files(source, output, base=base))
+    def progress(total: int) -> BytesProgress:
+        return BytesProgress(Console(stderr=True), "split", total)
+
+    written = str(split_files(source, output, base=base, copy=copy, progress=progress))
     made = {"output": written, **({"base": str(base)} if base else {})}
     click.echo(json.dumps(made) if as_json else "\n".join(made.values()))
 

@@ -18,10 +18,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-from autodeco.convert.safetensors_header import DTYPE_BYTES
 from autodeco.disk_space import reserve
 from autodeco.errors import WeightsError
 from autodeco.files import sync, temporary_name, write_problem
+from autodeco.safetensors_header import DTYPE_BYTES
 
 Dims = tuple[int, ...]
 _ALIGN = 8  # of the header's length, as the safetensors library writes it

@@ -8,13 +8,13 @@ from importlib import resources
 from pathlib import Path
 
 from autodeco.convert.random_checkpoint import write_random_checkpoint
-from autodeco.convert.safetensors_header import TensorInfo, read_checkpoint
 from autodeco.convert.shards import PLAIN, StoredTensor, stored_tensors
 from autodeco.errors import PluginError, WeightsError
 from autodeco.family import FamilySpec, ModelPreset
 from autodeco.files import read_json
 from autodeco.hookspecs import ImportedWeights
 from autodeco.job import Job
+from autodeco.safetensors_header import TensorInfo, read_checkpoint
 from autodeco.weights import BoundWeightMap
 
 _BLOCK = 16 << 20

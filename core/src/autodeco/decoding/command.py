@@ -18,7 +18,7 @@ from autodeco.engines.select import choose_device, choose_dtype
 from autodeco.errors import DataError, WeightsError
 from autodeco.files import make_directory
 from autodeco.heads.attach import ASKED, ASKED_OPTIONS
-from autodeco.heads.files import CONFIG_FILE
+from autodeco.heads.identity import CONFIG_FILE
 from autodeco.heads.modules import DecodingHeads
 from autodeco.heads.places import is_merged
 from autodeco.job import Job

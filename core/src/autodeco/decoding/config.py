@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from autodeco.errors import WeightsError
-from autodeco.heads.places import AUTODECO_MODEL_TYPE
+from autodeco.heads.identity import AUTODECO_MODEL_TYPE
 from autodeco.heads.split import restored_config
 
 

@@ -32,9 +32,9 @@ from autodeco.decoding.hooks import (
 from autodeco.decoding.policy import SAMPLING_PARAMETERS, check_scale, heads_off_reason
 from autodeco.errors import UsageError, WeightsError
 from autodeco.files import read_json
-from autodeco.heads.files import CONFIG_FILE, LoadedHeads, load_heads, text_config
+from autodeco.heads.files import LoadedHeads, load_heads
+from autodeco.heads.identity import AUTODECO_MODEL_TYPE, CONFIG_FILE, text_config
 from autodeco.heads.modules import DecodingHeads
-from autodeco.heads.places import AUTODECO_MODEL_TYPE
 from autodeco.heads.warp import TEMPERATURE_FLOOR, warp
 
 TOP_P_FLOOR = 1e-6

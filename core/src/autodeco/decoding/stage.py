@@ -16,7 +16,7 @@ from autodeco.decoding.report import write_report
 from autodeco.decoding.results import evaluation_table
 from autodeco.decoding.store import ANSWERS
 from autodeco.files import atomic_write_json, read_json
-from autodeco.heads.files import CONFIG_FILE
+from autodeco.heads.identity import CONFIG_FILE
 from autodeco.heads.modules import DecodingHeads
 from autodeco.heads.places import GENERATION_FILE
 from autodeco.training.logging import METRICS, read_metrics

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autodeco.copying import reflink
 from autodeco.doctor.packages import folder, version
 from autodeco.doctor.report import MISSING, OK, PROBLEM, Row
-from autodeco.files import PARTIAL_SUFFIX, reflink, remove
+from autodeco.files import PARTIAL_SUFFIX, remove
 
 _GIB = 2**30
 _LEAST_OUT, _LEAST_TEMPORARY, _LEAST_SHARED = 2 * _GIB, _GIB // 2, _GIB // 2

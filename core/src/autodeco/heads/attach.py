@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autodeco.errors import WeightsError
-from autodeco.heads.files import base_identity, load_heads
+from autodeco.heads.files import load_heads
+from autodeco.heads.identity import base_identity
 from autodeco.heads.modules import DecodingHeads, HeadsConfig
 
 if TYPE_CHECKING:

@@ -6,8 +6,6 @@ checkpoints whose backbone stands under ``llm.``; of those only the head tensors
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,14 +22,16 @@ from autodeco.files import (
     atomic_directory,
     atomic_write_bytes,
     atomic_write_json,
+    fetch_hint,
     read_json,
 )
+from autodeco.heads.identity import CONFIG_FILE, text_config
 from autodeco.heads.modules import DecodingHeads, HeadsConfig
-from autodeco.heads.shards import INDEX_FILE, read_tensors, read_weight_map, tensor_names
+from autodeco.heads.shards import read_tensors
+from autodeco.safetensors_header import INDEX, read_header, read_index
 
 HEADS_MODEL_TYPE = "autodeco_heads"
 FORMAT_VERSION = 1
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PUBLISHED_FILE = "autodeco_heads.safetensors"
 NATIVE_DIRECTORY = "autodeco"
@@ -43,21 +43,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-MERGE_KEYS = ("layout", "generation_config", "single_file")  # what merging adds to the metadata
-SHAPE_FIELDS = (
-    "model_type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "vocab_size",
-)
+# What merging adds to the metadata.
+MERGE_KEYS = ("layout", "generation_config", "single_file", "index_metadata")
 
 
 @dataclass(frozen=True)
@@ -79,40 +66,6 @@ class LoadedHeads:
     dtype: str
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a Hugging Face config (``text_config`` where it is nested)."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) and "hidden_size" not in config else config
-
-
-def base_identity(base: Path) -> dict[str, Any]:
-    """What heads remember of the checkpoint that they were trained on.
-
-    Returns:
-        `base_model_name_or_path`, `base_model_type`, `hidden_size` and `base_config_sha256` (of
-        the fields that give the backbone's shape; dtype and quantization do not count).
-
-    Raises:
-        WeightsError: config.json is missing, malformed, or has no hidden_size.
-    """
-    config = read_json(base / CONFIG_FILE)
-    inner = text_config(config) if isinstance(config, Mapping) else {}
-    if not isinstance(inner.get("hidden_size"), int):
-        raise WeightsError(
-            "config.json has no hidden_size",
-            where=str(base / CONFIG_FILE),
-            fix="give the directory of a Hugging Face language model",
-        )
-    shape = {name: inner[name] for name in SHAPE_FIELDS if inner.get(name) is not None}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
-    return {
-        "base_model_name_or_path": config.get("_name_or_path") or base.resolve().name,
-        "base_model_type": config.get("model_type"),
-        "hidden_size": inner["hidden_size"],
-        "base_config_sha256": digest,
-    }
-
-
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("autodeco", "transformers", "safetensors"):
@@ -129,6 +82,7 @@ def heads_config_json(heads: DecodingHeads, metadata: Mapping[str, Any], dtype: 
     return {
         "base_model_name_or_path": None,
         "base_model_type": None,
+        "vocab_size": None,
         "base_config_sha256": None,
         "objective": None,
         "temperature_scale": 1.0,
@@ -217,13 +171,32 @@ def load_heads(path: Path, *, hidden_size: int | None = None) -> LoadedHeads:
     return LoadedHeads(heads.requires_grad_(False), metadata, path, sources, dtype)
 
 
+def heads_from(
+    tensors: Mapping[str, Tensor], path: Path, *, hidden_size: int | None = None
+) -> DecodingHeads:
+    """Makes heads of tensors under their published names.
+
+    Args:
+        tensors: name -> tensor, in one of `DTYPES`.
+        path: where they are from, for errors.
+        hidden_size: of the base, where one is at hand: a top-p head alone does not tell its own.
+
+    Raises:
+        WeightsError: a tensor is missing, unknown, of a wrong shape or dtype, or not finite.
+    """
+    heads = DecodingHeads(_infer(tensors, path, hidden_size))
+    _fill(heads, tensors, path)
+    return heads.requires_grad_(False)
+
+
 def _known(config: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata in a config: all of a heads directory's, the published keys of a model's."""
     if config.get("model_type") == HEADS_MODEL_TYPE:
         return dict(config)
     if isinstance(config.get("autodeco"), Mapping):  # a merged directory of ours
         return {k: v for k, v in config["autodeco"].items() if k not in MERGE_KEYS}
-    keys = ("base_model_name_or_path", "base_model_type", "temperature_scale", "top_p_scale")
+    base = ("base_model_name_or_path", "base_model_type", "vocab_size")
+    keys = (*base, "temperature_scale", "top_p_scale")
     return {key: config[key] for key in keys if key in config}
 
 
@@ -236,7 +209,8 @@ def _locate(path: Path) -> tuple[dict[Path, tuple[str, ...]], Mapping[str, Any]]
             )
         return {path: _head_names(path)}, {}
     if not path.is_dir():
-        raise WeightsError("no such heads", where=str(path), fix="check the path")
+        fix = fetch_hint(path) or "check the path"
+        raise WeightsError("no such heads", where=str(path), fix=fix)
     config: Mapping[str, Any] = {}
     if (path / CONFIG_FILE).exists():
         found = read_json(path / CONFIG_FILE)
@@ -259,9 +233,9 @@ def _locate(path: Path) -> tuple[dict[Path, tuple[str, ...]], Mapping[str, Any]]
         return _locate(path / NATIVE_DIRECTORY)
     if (path / PUBLISHED_FILE).exists():
         return {path / PUBLISHED_FILE: _head_names(path / PUBLISHED_FILE)}, config
-    if (path / INDEX_FILE).exists():
+    if (path / INDEX).exists():
         sources: dict[Path, tuple[str, ...]] = {}
-        for name, shard in read_weight_map(path).items():
+        for name, shard in read_index(path)["weight_map"].items():
             if name.startswith(HEAD_PREFIXES):
                 sources[path / shard] = (*sources.get(path / shard, ()), name)
         if sources:
@@ -276,7 +250,7 @@ def _locate(path: Path) -> tuple[dict[Path, tuple[str, ...]], Mapping[str, Any]]
 
 
 def _head_names(file: Path) -> tuple[str, ...]:
-    names = tensor_names(file)
+    names = tuple(read_header(file))
     heads = tuple(name for name in names if name.startswith(HEAD_PREFIXES))
     foreign = [n for n in names if n not in heads and not n.startswith(BACKBONE_PREFIX)]
     if not heads or foreign:

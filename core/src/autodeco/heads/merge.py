@@ -6,49 +6,48 @@ Two layouts (docs: "The heads on disk"): `native`, which any tool loads as the b
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autodeco.errors import UsageError, WeightsError
-from autodeco.files import (
-    PARTIAL_SUFFIX,
-    atomic_directory,
-    atomic_write_json,
-    read_json,
-)
+from autodeco.files import atomic_directory, atomic_write_json, fetch_hint, read_json, remove
 from autodeco.heads.files import (
     BACKBONE_PREFIX,
-    CONFIG_FILE,
     HEAD_PREFIXES,
     HEADS_MODEL_TYPE,
     NATIVE_DIRECTORY,
     PUBLISHED_FILE,
     WEIGHTS_FILE,
     LoadedHeads,
-    base_identity,
     load_heads,
     save_heads,
 )
+from autodeco.heads.identity import AUTODECO_MODEL_TYPE, CONFIG_FILE, base_identity, check_fit
 from autodeco.heads.places import (
-    AUTODECO_MODEL_TYPE,
     GENERATION_FILE,
     RENAMED_SINGLE,
     WEIGHT_SUFFIXES,
+    Progress,
     Tally,
+    alone_at,
+    can_be_shared,
     check_places,
     model_files,
+    require_ways,
+    silent,
+    weight_files,
 )
-from autodeco.heads.shards import INDEX_FILE, rename_tensors, weight_shards
-from autodeco.heads.split import split
+from autodeco.heads.shards import RenamedShard, in_threads, rename_shard
+from autodeco.heads.split import backbone_name, split
+from autodeco.safetensors_header import INDEX, SINGLE, TensorInfo, read_checkpoint, read_index
 
 __all__ = ["LAYOUTS", "MergeReport", "merge", "split"]
 
 LAYOUTS = ("native", "autodeco")
 AUTODECO_ARCHITECTURE = "AutoDecoModelForCausalLM"
+_SCRATCH = "heads.partial"
 SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -86,7 +85,13 @@ class MergeReport:
 
 
 def merge(
-    base: Path, heads: Path, output: Path, *, layout: str = "native", copy: bool = False
+    base: Path,
+    heads: Path,
+    output: Path,
+    *,
+    layout: str = "native",
+    copy: bool | None = False,
+    progress: Progress = silent,
 ) -> MergeReport:
     """Writes a checkpoint that holds the base model and the heads.
 
@@ -95,12 +100,16 @@ def merge(
         heads: anything that `load_heads` reads.
         output: directory to appear, in one step.
         layout: "native" or "autodeco".
-        copy: copy the base's weight files even where they could be hard-linked.
+        copy: copy the base's weight files, even where they could be linked; None: only where they
+            could not. The `autodeco` layout writes them anew in any case.
+        progress: shows how many bytes are written.
 
     Raises:
         UsageError: unknown layout, `output` exists, or it and `base` contain one another.
         WeightsError: heads or base are damaged or incomplete, or do not belong together.
-        EnvironmentProblem: the output cannot be written.
+        RunError: another process is merging into `output`.
+        EnvironmentProblem: the output cannot be written, or the weights be neither linked nor
+            reflinked there and `copy` is False.
     """
     if layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r}", fix=f"use one of {', '.join(LAYOUTS)}")
@@ -108,27 +117,26 @@ def merge(
     check_places(base, output)
     config = _base_config(base)
     loaded = load_heads(heads, hidden_size=base_identity(base)["hidden_size"])
-    _check_fit(base, loaded)
-    table, single = weight_shards(base)
-    clash = [n for n in table if n.startswith((*HEAD_PREFIXES, BACKBONE_PREFIX))]
+    check_fit(base, loaded.path, loaded.metadata)
+    tensors = read_checkpoint(base)
+    clash = [n for n in tensors if n.startswith((*HEAD_PREFIXES, BACKBONE_PREFIX))]
     if clash:
         raise WeightsError(
             f"the base already has a tensor {clash[0]}",
             where=str(base),
             fix="this is a merged checkpoint: split it first",
         )
+    if copy is None:
+        copy = not can_be_shared(base, output)
+    require_ways(base, output, layout, copy=copy)
     tally = Tally()
-    with (
-        atomic_directory(output) as temporary,
-        tempfile.TemporaryDirectory(
-            prefix=".heads.", suffix=PARTIAL_SUFFIX, dir=output.parent
-        ) as scratch,
-    ):
-        directory = _heads_directory(loaded, base, Path(scratch) / "heads")
+    with alone_at(output), atomic_directory(output) as temporary:
+        directory = _heads_directory(loaded, base, temporary / _SCRATCH)
         if layout == "native":
-            _write_native(base, directory, config, temporary, tally, copy=copy)
+            _write_native(base, directory, config, temporary, tally, copy=copy, progress=progress)
         else:
-            _write_autodeco(base, directory, config, temporary, tally, table, single=single)
+            _write_autodeco(base, directory, config, temporary, tally, tensors, progress)
+        remove(temporary / _SCRATCH)
     return MergeReport(
         layout,
         tally.hardlink,
@@ -142,7 +150,8 @@ def merge(
 
 def _base_config(base: Path) -> dict[str, Any]:
     if not base.is_dir():
-        raise WeightsError("no such base model", where=str(base), fix="check the path")
+        fix = fetch_hint(base) or "check the path"
+        raise WeightsError("no such base model", where=str(base), fix=fix)
     config = read_json(base / CONFIG_FILE)
     if not isinstance(config, dict):
         raise WeightsError(
@@ -157,18 +166,6 @@ def _base_config(base: Path) -> dict[str, Any]:
             fix="take its base out first: autodeco split --base",
         )
     return config
-
-
-def _check_fit(base: Path, loaded: LoadedHeads) -> None:
-    identity, made_for = base_identity(base), loaded.metadata
-    for key in ("hidden_size", "base_model_type", "base_config_sha256"):
-        if made_for.get(key) is not None and made_for[key] != identity[key]:
-            raise WeightsError(
-                f"these heads were made for another model: {key} is {made_for[key]!r} there, "
-                f"{identity[key]!r} in the base",
-                where=f"{loaded.path} and {base}",
-                fix=f"merge them with {made_for.get('base_model_name_or_path') or 'their base'}",
-            )
 
 
 def _heads_directory(loaded: LoadedHeads, base: Path, scratch: Path) -> Path:
@@ -218,22 +215,20 @@ def _write_native(
     tally: Tally,
     *,
     copy: bool,
+    progress: Progress,
 ) -> None:
     for name in model_files(base):
-        if str(name) in (CONFIG_FILE, GENERATION_FILE):
-            continue
         if name.parts[0] == NATIVE_DIRECTORY:
             raise WeightsError(
                 "the base has a directory 'autodeco'",
                 where=str(base / name),
                 fix="rename or remove it: the heads go there",
             )
-        tally.bring(base / name, output / name, copy=copy)
+        if name.suffix not in WEIGHT_SUFFIXES and str(name) not in (CONFIG_FILE, GENERATION_FILE):
+            tally.bring_small(base / name, output / name)
+    tally.bring_weights(weight_files(base), base, output, copy=copy, progress=progress)
     for name in model_files(heads):
-        target = output / NATIVE_DIRECTORY / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(heads / name, target)
-        tally.written += target.stat().st_size
+        tally.bring_small(heads / name, output / NATIVE_DIRECTORY / name)
     vendor = _write_generation_config(base, config, output, tally)
     key = {**read_json(heads / CONFIG_FILE), "layout": "native", "generation_config": vendor}
     _write_json(output / CONFIG_FILE, {**config, "autodeco": key}, tally)
@@ -245,32 +240,42 @@ def _write_autodeco(
     config: Mapping[str, Any],
     output: Path,
     tally: Tally,
-    table: Mapping[str, str],
-    *,
-    single: bool,
+    tensors: Mapping[str, TensorInfo],
+    progress: Progress,
 ) -> None:
-    shards = set(table.values())
+    old = read_index(base) if (base / INDEX).exists() else None
+    table = {name: info.file.name for name, info in tensors.items()}
+    if old is not None:
+        table = {name: table[name] for name in old["weight_map"]}  # in the index's order
+    # A lone model.safetensors would win over the index, and hide the heads.
+    places = {SINGLE: RENAMED_SINGLE} if old is None else {name: name for name in table.values()}
     for name in model_files(base):
-        if str(name) in shards:
-            # A lone model.safetensors would win over the index, and hide the heads.
-            target = output / (RENAMED_SINGLE if single else name)
-            tally.written += rename_tensors(base / name, target, lambda n: BACKBONE_PREFIX + n)
-            tally.copy += 1
-        elif name.suffix in WEIGHT_SUFFIXES:
-            tally.left_out.append(str(name))
-        elif str(name) not in (CONFIG_FILE, GENERATION_FILE, INDEX_FILE):
-            tally.bring(base / name, output / name, copy=True)
-    shutil.copyfile(heads / WEIGHTS_FILE, output / PUBLISHED_FILE)
-    tally.written += (output / PUBLISHED_FILE).stat().st_size
-    names = {BACKBONE_PREFIX + n: RENAMED_SINGLE if single else s for n, s in table.items()}
-    head_names = dict.fromkeys(
-        load_heads(output / PUBLISHED_FILE).heads.state_dict(), PUBLISHED_FILE
-    )
-    size = sum((output / s).stat().st_size for s in {*names.values(), PUBLISHED_FILE})
-    index = {"metadata": {"total_size": size}, "weight_map": {**names, **head_names}}
-    _write_json(output / INDEX_FILE, index, tally)
+        if name.suffix in WEIGHT_SUFFIXES:
+            tally.left_out += [str(name)] if str(name) not in places else []
+        elif str(name) not in (CONFIG_FILE, GENERATION_FILE, INDEX):
+            tally.bring_small(base / name, output / name)
+    shards = [
+        rename_shard(base / name, output / target, _merged_name, backbone_name)
+        for name, target in places.items()
+    ]
+    _write_shards(shards, tally, progress)
+    tally.bring_small(heads / WEIGHTS_FILE, output / PUBLISHED_FILE)
+    head_names = load_heads(output / PUBLISHED_FILE).heads.state_dict()
+    written = [output / target for target in (*places.values(), PUBLISHED_FILE)]
+    index = {
+        "metadata": {"total_size": sum(file.stat().st_size for file in written)},
+        "weight_map": {_merged_name(name): places[shard] for name, shard in table.items()}
+        | dict.fromkeys(head_names, PUBLISHED_FILE),
+    }
+    _write_json(output / INDEX, index, tally)
     vendor = _write_generation_config(base, config, output, tally)
-    own = read_json(heads / CONFIG_FILE)
+    own = {
+        **read_json(heads / CONFIG_FILE),
+        "layout": "autodeco",
+        "generation_config": vendor,
+        "single_file": old is None,
+        "index_metadata": None if old is None else old.get("metadata"),
+    }
     merged = {
         **config,
         "model_type": AUTODECO_MODEL_TYPE,
@@ -281,11 +286,16 @@ def _write_autodeco(
         "enable_temperature_head": own["enable_temperature_head"],
         "enable_top_p_head": own["enable_top_p_head"],
         "use_enhanced_features": own["use_enhanced_features"],
-        "autodeco": {
-            **own,
-            "layout": "autodeco",
-            "generation_config": vendor,
-            "single_file": single,
-        },
+        "autodeco": own,
     }
     _write_json(output / CONFIG_FILE, merged, tally)
+
+
+def _merged_name(name: str) -> str:
+    return BACKBONE_PREFIX + name
+
+
+def _write_shards(shards: Sequence[RenamedShard], tally: Tally, progress: Progress) -> None:
+    with progress(sum(shard.size for shard in shards)) as bar:
+        tally.written += sum(in_threads([shard.write for shard in shards], bar.advance))
+    tally.copy += len(shards)

@@ -1,169 +1,231 @@
-"""Safetensors shards: names, single tensors, and renaming without touching the data."""
+"""Safetensors shards: tensors by name, and renaming without touching the data."""
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
-from collections.abc import Callable, Mapping
+import threading
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from autodeco.copying import Advance, write_file
 from autodeco.errors import WeightsError
-from autodeco.files import read_json
+from autodeco.safetensors_header import Header, parse_header, read_header, read_whole_header
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-_BLOCK = 16 << 20
+Rename = Callable[[str], str | None]
 _ALIGN = 8
-
-
-def read_weight_map(directory: Path) -> dict[str, str]:
-    """The index's table from tensor name to shard; no shard may lie outside the directory.
-
-    Raises:
-        WeightsError: malformed, or a shard's name is not a plain file name.
-    """
-    index = read_json(directory / INDEX_FILE)
-    table = index.get("weight_map") if isinstance(index, Mapping) else None
-    if not isinstance(table, Mapping) or not table:
-        raise WeightsError(
-            "the index has no weight_map",
-            where=str(directory / INDEX_FILE),
-            fix="fetch the checkpoint again, complete",
-        )
-    for name, shard in table.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise WeightsError(
-                f"tensor {name} points to {shard!r}, which is not a file of this directory",
-                where=str(directory / INDEX_FILE),
-                fix="do not use this checkpoint: its index is forged or damaged",
-            )
-    return dict(cast(Mapping[str, str], table))
-
-
-def _unreadable(file: Path, error: Exception) -> WeightsError:
-    return WeightsError(
-        f"not a complete safetensors file: {error}",
-        where=str(file),
-        fix="the file is missing, damaged or was cut short: fetch or write it again",
-    )
-
-
-def tensor_names(file: Path) -> tuple[str, ...]:
-    """The names in a safetensors file; reads its header only.
-
-    Raises:
-        WeightsError: missing, truncated or malformed.
-    """
-    try:
-        with safe_open(file, framework="pt") as reader:
-            return tuple(reader.keys())
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
+_METADATA = "__metadata__"
+# Of a renamed shard: its header before, where giving the names back would not give its bytes back.
+_HEADER_BEFORE = "autodeco.header_before"
+_LONGEST_HEADER = 100_000_000
+_THREADS = 4
 
 
 def read_tensors(file: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     """Reads the named tensors alone.
 
     Raises:
-        WeightsError: the file is damaged or lacks one of them.
+        WeightsError: The file is damaged or lacks one of them.
     """
+    missing = set(names) - set(read_header(file))
     try:
+        if missing:
+            raise SafetensorError(f"it has no tensor {min(missing)!r}")
         with safe_open(file, framework="pt") as reader:
             return {name: reader.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise _unreadable(file, error) from error
+        raise WeightsError(
+            f"cannot read the tensors: {error}",
+            where=str(file),
+            fix="the file is damaged or was changed: fetch or write it again",
+        ) from error
 
 
-def weight_shards(directory: Path) -> tuple[dict[str, str], bool]:
-    """The table from tensor name to shard of a checkpoint, checked against the shards' headers.
+@dataclass(frozen=True)
+class RenamedShard:
+    """A shard that is to be written under other names; see `rename_shard`.
 
-    Returns:
-        The table, and whether the checkpoint is one file without an index.
+    Attributes:
+        source: The shard as it is.
+        target: The file to be written.
+        header: Its first bytes, the length of the JSON included.
+        ranges: (first byte, bytes) in `source` of what follows, in this order.
+    """
+
+    source: Path
+    target: Path
+    header: bytes
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Returns the bytes of the file."""
+        return len(self.header) + sum(size for _, size in self.ranges)
+
+    def write(self, advance: Advance) -> int:
+        """Writes it, block by block; raises as `autodeco.copying.write_file` does."""
+        with self.source.open("rb") as reader:
+            descriptor = reader.fileno()
+            ranges = [(descriptor, first, size) for first, size in self.ranges]
+            return write_file(self.target, self.header, ranges, advance)
+
+
+def rename_shard(source: Path, target: Path, rename: Rename, back: Rename) -> RenamedShard:
+    """Plans a shard under other names; nothing is written.
+
+    Args:
+        source: A safetensors file.
+        target: To be written.
+        rename: The new name, or None to leave the tensor out.
+        back: The inverse of `rename`. Where it would not restore the header byte by byte (another
+            writer's spacing), the new header carries the old one with it, and `restore_shard`
+            gives that back.
 
     Raises:
-        WeightsError: no safetensors weights, or a shard is missing, cut short, or lacks a tensor.
+        WeightsError: The file is missing, truncated or malformed.
     """
-    if (directory / INDEX_FILE).exists():
-        table = read_weight_map(directory)
-        for shard in sorted(set(table.values())):
-            if not (directory / shard).exists():
-                raise WeightsError(
-                    f"shard {shard} is missing",
-                    where=str(directory),
-                    fix="fetch the checkpoint again, complete",
-                )
-            present = set(tensor_names(directory / shard))
-            lost = [name for name, at in table.items() if at == shard and name not in present]
-            if lost:
-                raise WeightsError(
-                    f"the index places tensor {lost[0]} in {shard}, which lacks it",
-                    where=str(directory / INDEX_FILE),
-                    fix="fetch the checkpoint again, complete",
-                )
-        return table, False
-    if (directory / SINGLE_FILE).exists():
-        return dict.fromkeys(tensor_names(directory / SINGLE_FILE), SINGLE_FILE), True
-    raise WeightsError(
-        f"neither {INDEX_FILE} nor {SINGLE_FILE} is there",
-        where=str(directory),
-        fix="give a checkpoint in safetensors format",
+    old = read_whole_header(source)
+    content, ranges = _renamed(old, rename)
+    whole = len(content) == len(old.content())
+    twice = _HEADER_BEFORE in content.get(_METADATA, {})
+    if whole and (twice or _renamed_content(content, back) != old.raw):
+        packed = base64.b64encode(zlib.compress(old.raw)).decode()
+        # the old one has no room of its own: it stands among what is free to anyone
+        content = {_METADATA: {**content.pop(_METADATA, {}), _HEADER_BEFORE: packed}, **content}
+    return RenamedShard(source, target, _packed(content), ranges)
+
+
+def restore_shard(source: Path, target: Path, back: Rename) -> RenamedShard:
+    """Plans what `rename_shard` made a shard from, byte by byte; nothing is written.
+
+    Raises:
+        WeightsError: The file is missing, truncated or malformed, or the header that it carries is
+            not that of its data.
+    """
+    old = read_whole_header(source)
+    content, ranges = _renamed(old, back)
+    metadata = content.get(_METADATA, {})
+    if _HEADER_BEFORE not in metadata:
+        return RenamedShard(source, target, _packed(content), ranges)
+    size = sum(size for _, size in ranges)
+    raw = _unpacked(source, metadata[_HEADER_BEFORE])
+    before = parse_header(source, raw, 8 + len(raw) + size)
+    now = parse_header(source, json.dumps(content).encode(), 8 + len(json.dumps(content)) + size)
+    if _places(before) != _places(now):
+        raise _foreign_header(source)
+    return RenamedShard(source, target, struct.pack("<Q", len(raw)) + raw, ranges)
+
+
+def _places(header: Header) -> dict[str, tuple[Any, ...]]:
+    return {
+        name: (info.dtype, info.shape, info.start - header.start, info.size)
+        for name, info in header.tensors.items()
+    }
+
+
+def _foreign_header(source: Path) -> WeightsError:
+    return WeightsError(
+        f"the header of the base that {_HEADER_BEFORE} carries is not that of this file's data",
+        where=str(source),
+        fix="the file is damaged or was edited: merge again",
     )
 
 
-def read_header(stream: BinaryIO) -> dict[str, Any]:
-    """The header of an open safetensors file (checked before by `tensor_names`)."""
-    (size,) = struct.unpack("<Q", stream.read(8))
-    return cast(dict[str, Any], json.loads(stream.read(size)))
+def _unpacked(source: Path, packed: str) -> bytes:
+    try:
+        unpacking = zlib.decompressobj()
+        raw = unpacking.decompress(base64.b64decode(packed, validate=True), _LONGEST_HEADER)
+    except (ValueError, zlib.error) as error:
+        raise _foreign_header(source) from error
+    if not unpacking.eof:
+        raise _foreign_header(source)
+    return raw
 
 
-def rename_tensors(source: Path, target: Path, rename: Callable[[str], str | None]) -> int:
-    """Writes a shard anew under other names; the tensors' bytes are copied block by block.
+def _renamed(old: Header, rename: Rename) -> tuple[dict[str, Any], tuple[tuple[int, int], ...]]:
+    """The parsed header under other names, and the ranges of the file that are kept."""
+    content, kept, ranges, end = old.content(), {}, list[tuple[int, int]](), 0
+    for name, info in sorted(old.tensors.items(), key=lambda item: (item[1].start, item[1].size)):
+        if rename(name) is None:
+            continue
+        kept[name] = [end, end + info.size]
+        end += info.size
+        if ranges and sum(ranges[-1]) == info.start:
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + info.size)
+        else:
+            ranges.append((info.start, info.size))
+    new: dict[str, Any] = {}
+    for name, entry in content.items():
+        renamed = name if name == _METADATA else rename(name)
+        if renamed in new:
+            raise WeightsError(
+                f"two tensors would be named {renamed!r}",
+                where=str(next(iter(old.tensors.values())).file),
+                fix="the checkpoint is damaged: fetch it again",
+            )
+        if renamed is not None:
+            new[renamed] = entry if name == _METADATA else {**entry, "data_offsets": kept[name]}
+    return new, tuple(ranges)
+
+
+def _renamed_content(content: dict[str, Any], rename: Rename) -> bytes:
+    names = {name: name if name == _METADATA else rename(name) for name in content}
+    return _json({str(names[name]): entry for name, entry in content.items()})
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % _ALIGN)
+
+
+def _packed(content: dict[str, Any]) -> bytes:
+    text = _json(content)
+    return struct.pack("<Q", len(text)) + text
+
+
+class _Stopped(Exception):
+    """Another shard failed, or the process is to end."""
+
+
+def in_threads(tasks: Sequence[Callable[[Advance], int]], advance: Advance) -> list[int]:
+    """Runs tasks that write files, four at a time; the first failure stops the others.
 
     Args:
-        source: a safetensors file. target: to be written.
-        rename: the new name, or None to leave the tensor out.
+        tasks: Each takes what it tells its progress, and returns the bytes that it wrote.
+        advance: Is told the bytes of all, by one thread at a time.
 
     Returns:
-        The bytes written. Memory stays below 32 MiB plus the header.
+        The bytes of each.
+
+    Raises:
+        BaseException: That of the first task that failed.
     """
-    tensor_names(source)
-    with source.open("rb") as reader, target.open("wb") as writer:
-        old = read_header(reader)
-        data_start = reader.tell()
-        new: dict[str, Any] = {}
-        if "__metadata__" in old:
-            new["__metadata__"] = old.pop("__metadata__")
-        ranges: list[tuple[int, int]] = []
-        offset = 0
-        for name, entry in sorted(old.items(), key=lambda item: item[1]["data_offsets"]):
-            renamed = rename(name)
-            if renamed is None:
-                continue
-            begin, end = entry["data_offsets"]
-            new[renamed] = {**entry, "data_offsets": [offset, offset + end - begin]}
-            offset += end - begin
-            if ranges and ranges[-1][1] == begin:
-                ranges[-1] = (ranges[-1][0], end)
-            else:
-                ranges.append((begin, end))
-        header = json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
-        header += b" " * (-len(header) % _ALIGN)
-        writer.write(struct.pack("<Q", len(header)) + header)
-        for begin, end in ranges:
-            reader.seek(data_start + begin)
-            left = end - begin
-            while left:
-                block = reader.read(min(_BLOCK, left))
-                if not block:
-                    raise WeightsError(
-                        "the file was cut short",
-                        where=str(source),
-                        fix="fetch the checkpoint again, complete",
-                    )
-                writer.write(block)
-                left -= len(block)
-        return 8 + len(header) + offset
+    stop, lock = threading.Event(), threading.Lock()
+
+    def tell(size: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        with lock:
+            advance(size)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        futures = [pool.submit(task, tell) for task in tasks]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failed = [f for f in done if f.exception() is not None]
+        finally:
+            stop.set()  # all are done, one has failed, or a signal came
+            for future in futures:
+                future.cancel()
+    for future in failed:
+        if not isinstance(future.exception(), _Stopped):
+            future.result()
+    return [future.result() for future in futures]

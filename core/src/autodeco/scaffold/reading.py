@@ -180,7 +180,7 @@ def _small_model(source: Source, *, own_head_dim: bool) -> tuple[dict[str, Dims]
     import transformers
     from transformers.utils import logging
 
-    from autodeco.convert.safetensors_header import read_checkpoint
+    from autodeco.safetensors_header import read_checkpoint
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -248,8 +248,8 @@ def _with_checkpoint(source: Source, path: Path) -> Source:
 
 def _names_of(path: Path) -> tuple[list[str], dict[str, str]]:
     """Names in a checkpoint, and the format or dtype of each where its headers are there."""
-    from autodeco.convert.safetensors_header import INDEX, read_checkpoint
     from autodeco.convert.shards import stored_tensors
+    from autodeco.safetensors_header import INDEX, read_checkpoint
 
     index = path / INDEX
     if index.is_file():

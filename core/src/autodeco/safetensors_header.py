@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from autodeco.errors import WeightsError
+from autodeco.files import fetch_hint
 from autodeco.foreign import is_plain_name, strict_json
 
 DTYPE_BYTES = {
@@ -22,6 +24,7 @@ _ENTRY = {"dtype", "shape", "data_offsets"}
 INDEX = "model.safetensors.index.json"
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".ggml", ".h5", ".msgpack", ".safetensors")
 SINGLE = "model.safetensors"
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,27 @@ class TensorInfo:
     size: int
 
 
+@dataclass(frozen=True)
+class Header:
+    """The header of one file, checked.
+
+    Attributes:
+        tensors: Name -> where it is, in the order of the header.
+        raw: The JSON as it stands in the file, padding included.
+        start: Offset of the first byte of the data: 8 + the length of `raw`.
+        size: Bytes of the file.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    raw: bytes
+    start: int
+    size: int
+
+    def content(self) -> dict[str, Any]:
+        """Returns the JSON, parsed; the keys in the order of the file."""
+        return cast(dict[str, Any], json.loads(self.raw))
+
+
 def _broken(path: Path, what: str) -> WeightsError:
     return WeightsError(
         what, where=str(path), fix="the file is damaged or was cut short: fetch it again"
@@ -58,6 +82,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         WeightsError: The file is missing, truncated, or its header makes no sense: a name stands
             there twice, a number is none, spans overlap or leave bytes unused.
     """
+    return dict(read_whole_header(path).tensors)
+
+
+def read_whole_header(path: Path) -> Header:
+    """Reads and checks the header of one file, and keeps its bytes; raises as `read_header`."""
     try:
         total = path.stat().st_size
         if not path.is_file():  # a pipe would be waited for, a device never ends
@@ -67,28 +96,42 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(_LONGEST_HEADER, total - 8):
                 raise _broken(path, f"no safetensors header ({total} bytes)")
-            header = strict_json(stream.read(length))
+            raw = stream.read(length)
     except FileNotFoundError as error:
         raise WeightsError(
-            "a shard is missing", where=str(path), fix="fetch the checkpoint again"
+            f"{path.name} is missing", where=str(path), fix="fetch the checkpoint again, complete"
         ) from error
     except OSError as error:
         raise WeightsError(
             f"cannot read: {error}", where=str(path), fix="check the file"
         ) from error
+    return parse_header(path, raw, total)
+
+
+def parse_header(path: Path, raw: bytes, total: int) -> Header:
+    """Checks a header.
+
+    Args:
+        path: The file that it is of.
+        raw: Its JSON, padding included.
+        total: Bytes of the file.
+
+    Raises:
+        WeightsError: It is malformed, or does not describe every byte of the file once.
+    """
+    try:
+        header = strict_json(raw)
     except ValueError as error:
         raise _broken(path, f"malformed safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise _broken(path, "the safetensors header is no object")
-    _check_metadata(path, header.pop("__metadata__", {}))
-    infos = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    _check_spans(path, infos, 8 + length, total)
-    return infos
-
-
-def _check_metadata(path: Path, metadata: Any) -> None:
+    metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _broken(path, "the header's __metadata__ is no table of texts")
+        raise _broken(path, f"{_METADATA} of the safetensors header holds more than text")
+    start = 8 + len(raw)
+    infos = {name: _entry(path, name, entry, start) for name, entry in header.items()}
+    _check_spans(path, infos, start, total)
+    return Header(infos, raw, start, total)
 
 
 def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
@@ -135,56 +178,64 @@ def _no_safetensors(directory: Path) -> WeightsError:
         f"neither {SINGLE} nor {INDEX} is there"
         + (f", only {', '.join(others[:3])}, which is not read" if others else ""),
         where=str(directory),
-        fix="give a Hugging Face checkpoint in safetensors format"
+        fix=fetch_hint(directory)
+        or "give a Hugging Face checkpoint in safetensors format"
         + (": fetch it in this format, or convert it with its own tools" if others else ""),
     )
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Reads which shard of an index has which tensor.
+def read_index(directory: Path) -> dict[str, Any]:
+    """Reads the index of a sharded checkpoint: ``weight_map``, from tensor to shard, is checked.
 
     Raises:
-        WeightsError: The index cannot be read, has no weight_map or names a tensor twice, or a
-            shard is no plain name of a file beside it.
+        WeightsError: It is missing or malformed, it names a tensor twice, or a shard that is no
+            plain file name: nothing outside the directory is ever opened.
     """
+    path = directory / INDEX
     try:
         if path.exists() and not path.is_file():
             raise _broken(path, "this is no regular file")
         content = strict_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise _broken(path, f"unreadable or malformed index: {error}") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    except FileNotFoundError as error:
+        raise WeightsError("the index is missing", where=str(path), fix="fetch it again") from error
+    except OSError as error:
+        raise WeightsError(f"cannot read: {error}", where=str(path), fix="check it") from error
+    except ValueError as error:
+        raise _broken(path, f"malformed index: {error}") from error
+    table = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not table:
         raise _broken(path, "the index has no weight_map")
-    for name, shard in weight_map.items():
+    for name, shard in table.items():
         if not is_plain_name(shard):
             raise WeightsError(
-                f"the index says that {name!r} is in {shard!r}, which can lie outside the "
-                "directory: it is no plain file name",
+                f"the index points to {shard!r} for {name!r}, outside the directory",
                 where=str(path),
                 fix="do not use this checkpoint: its index is forged or damaged",
             )
-    return weight_map
+    return cast(dict[str, Any], content)
 
 
 def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
     """Reads every header of a checkpoint, single-file or sharded.
 
     Raises:
-        WeightsError: A file is missing or broken, the index and the shards disagree, a tensor
-            stands in two shards, or the index points out of the directory.
+        WeightsError: A file is missing or broken, the index and the shards disagree about a tensor
+            (either has it alone, or it stands in two shards), or the index points out of the
+            directory.
     """
     index = directory / INDEX
     if not index.exists():
         if not (directory / SINGLE).exists():
             raise _no_safetensors(directory)
         return read_header(directory / SINGLE)
-    weight_map = read_index(index)
+    weight_map = read_index(directory)["weight_map"]
     infos: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
-        for name, info in read_header(directory / shard).items():
+        for name, info in read_whole_header(directory / shard).tensors.items():
             if name in infos:
                 raise _broken(directory / shard, f"tensor {name!r} stands in two shards")
+            if name not in weight_map:
+                raise _broken(directory / shard, f"the index does not name the tensor {name!r}")
             infos[name] = info
     for name, shard in weight_map.items():
         if name not in infos or infos[name].file.name != shard:
