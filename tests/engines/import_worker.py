@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from autodeco.convert import stored_writer
 from autodeco.convert.source import open_source
+from autodeco.engines.megatron import importing
 from autodeco.engines.megatron.importing import import_checkpoint
 from autodeco.engines.select import build_engine
 from autodeco.family import FamilySpec
@@ -43,7 +44,16 @@ def bytes_of(model: Any) -> dict[str, bytes]:
 
 
 def write(options: dict[str, Any]) -> dict[str, Any]:
-    """Imports; `kill_at`: ends at once when this piece is asked for."""
+    """Imports; `kill_at`: ends at once when this piece, `kill_at_part`: this part is begun."""
+    if "kill_at_part" in options:
+        whole, begun = importing.write_part, iter(range(10**6))
+
+        def write_part(*arguments: Any) -> Any:
+            if next(begun) == options["kill_at_part"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*arguments)
+
+        importing.write_part = write_part  # type: ignore[assignment]
     if "kill_at" in options:
         plain, asked = stored_writer.PieceSource.read, iter(range(10**6))
 
@@ -56,10 +66,9 @@ def write(options: dict[str, Any]) -> dict[str, Any]:
     family = family_of(options.get("shape"))
     weights = open_source(family, job_of(options["model"], options["preset"]))
     architecture = family.architecture(family.preset(options["preset"]).architecture)
+    limits = {name: options[name] for name in ("part_bytes", "held_bytes") if name in options}
     with PeakMemory() as peak:
-        import_checkpoint(
-            weights, architecture, Path(options["output"]), part_bytes=options["part_bytes"]
-        )
+        import_checkpoint(weights, architecture, Path(options["output"]), **limits)
     return {"grown": peak.grown}
 
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from autodeco.convert.shard_writer import ShardPlan, plan_shard
 from autodeco.convert.shards import PLAIN, StoredTensor, stored_tensors
+from autodeco.convert.small_files import small_files
 from autodeco.errors import UsageError, WeightsError
 from autodeco.files import read_json
-from autodeco.heads.places import WEIGHT_SUFFIXES, model_files
+from autodeco.heads.places import model_files
 from autodeco.safetensors_header import DTYPE_BYTES, INDEX, read_checkpoint
 from autodeco.storage import BUILT_IN, StorageFormat
 
 CONFIG = "config.json"
-_QUANTIZATION = "quantization_config"
+QUANTIZATION = "quantization_config"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # transformers 5 writes the first; published files have both
 CHUNK_BYTES = 16 << 20  # glibc takes smaller blocks from a heap that it keeps: no page faults
 
@@ -111,11 +112,11 @@ def plan_cast(source: Path, formats: Sequence[StorageFormat] = (), *, who: str =
     for tensor in tensors.values():
         by_file.setdefault(tensor.file.name, []).append(tensor)
     shards = tuple(_shard(file, by_file[file]) for file in sorted(by_file))
-    files = [f for f in model_files(source) if str(f) not in (CONFIG, INDEX)]
-    small = tuple(f for f in files if f.suffix not in WEIGHT_SUFFIXES)
-    sources = {info.file.name for t in tensors.values() for info in t.parts.values()}
-    left_out = tuple(f for f in files if f not in small and str(f) not in sources)
-    return CastPlan(source, shards, config, small, left_out)
+    small = small_files(source)
+    known = {info.file.name for t in tensors.values() for info in t.parts.values()} | {INDEX}
+    left_out = tuple(f for f in model_files(source) if f not in small and str(f) not in known)
+    files = tuple(file for file in small if str(file) != CONFIG)
+    return CastPlan(source, shards, config, files, left_out)
 
 
 def _shard(file: str, tensors: list[StoredTensor]) -> CastShard:
@@ -160,14 +161,15 @@ def _config(source: Path) -> dict[str, Any]:
             where=str(source / CONFIG),
             fix="use the config.json that came with the checkpoint",
         )
-    return _unquantised(config, top=True)
+    return unquantised(config, top=True)
 
 
-def _unquantised(config: Mapping[str, Any], *, top: bool = False) -> dict[str, Any]:
+def unquantised(config: Mapping[str, Any], *, top: bool = False) -> dict[str, Any]:
+    """Returns a config without quantization and of dtype bfloat16; `top`: it is no part of one."""
     plain = {
-        key: _unquantised(value) if key == "text_config" and isinstance(value, dict) else value
+        key: unquantised(value) if key == "text_config" and isinstance(value, dict) else value
         for key, value in config.items()
-        if key != _QUANTIZATION
+        if key != QUANTIZATION
     }
     keys = [key for key in _DTYPE_KEYS if key in plain] or (["dtype"] if top else [])
     return {**plain, **dict.fromkeys(keys, "bfloat16")}

@@ -6,7 +6,6 @@ becomes a file of the result. What is stored as it is, is copied byte by byte.
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from autodeco.convert.cast_plan import CHUNK_BYTES, CONFIG, CastPlan, CastShard,
 from autodeco.convert.direct_reader import DirectReader
 from autodeco.convert.shard_writer import ShardWriter
 from autodeco.convert.shards import StoredTensor
+from autodeco.convert.small_files import copy_files
 from autodeco.convert.source import checkpoint_digest
 from autodeco.convert.workers import BytesProgress, Task, default_workers, run_tasks
 from autodeco.disk_space import require_space
@@ -29,7 +29,6 @@ from autodeco.files import (
     read_json,
     remove,
     remove_partial,
-    write_problem,
 )
 from autodeco.heads.places import check_places
 from autodeco.lock import file_lock
@@ -156,13 +155,7 @@ class _Cast:
 
     def _finish(self) -> None:
         """Writes the small files and gives the directory its name."""
-        for file in self.plan.files:
-            target = self.building / file
-            make_directory(target.parent)
-            try:
-                shutil.copyfile(self.plan.source / file, target)
-            except OSError as error:
-                raise write_problem(error, target) from error
+        copy_files(self.plan.files, self.plan.source, self.building)
         if [shard.file for shard in self.plan.shards] != [SINGLE]:
             atomic_write_json(self.building / INDEX, self.plan.index())
         atomic_write_json(self.building / CONFIG, self.plan.config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -25,13 +25,14 @@ class Reader(Protocol):
         ...
 
 
-def pack(rule: BoundRule, shape: ModelShape, parts: Sequence[Tensor]) -> Tensor:
+def pack(rule: BoundRule, shape: ModelShape, parts: Iterable[Tensor]) -> Tensor:
     """Makes a target from its parts.
 
     Args:
         rule: One bound rule.
         shape: The model's shape; of it, the number of key and value heads that the parts have.
-        parts: The tensors of ``rule.parts``, in that order, as the target sees them, of any dtype.
+        parts: The tensors of ``rule.parts``, in that order, as the target sees them, of any dtype;
+            taken one at a time, so that a generator need not hold them all.
 
     Returns:
         The target, of the parts' dtype; bit-exact.
@@ -39,19 +40,36 @@ def pack(rule: BoundRule, shape: ModelShape, parts: Sequence[Tensor]) -> Tensor:
     Raises:
         WeightsError: A part has another shape than the rule says.
     """
-    for part, tensor in zip(rule.parts, parts, strict=True):
-        if tuple(tensor.shape) != part.size:
-            raise WeightsError(
-                f"the tensor has the shape {tuple(tensor.shape)}, expected {part.size}",
-                where=part.source,
-                fix="the checkpoint does not fit the preset: check --plugin and --preset",
-            )
-    if rule.rule.kind == "qkv":
-        groups = [t.reshape(shape.num_kv_heads, -1, *t.shape[1:]) for t in parts]
-        return torch.cat(groups, dim=1).flatten(0, 1)
-    if rule.rule.interleaved:
-        return torch.cat((parts[0][0::2], parts[0][1::2]))
-    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    tensors = iter(parts)
+    if len(rule.parts) == 1:
+        tensor = _checked(next(tensors), rule.parts[0])
+        return torch.cat((tensor[0::2], tensor[1::2])) if rule.rule.interleaved else tensor
+    heads = shape.num_kv_heads if rule.rule.kind == "qkv" else 1
+    rows, start = sum(part.size[0] for part in rule.parts), 0
+    target: Tensor | None = None
+    for part in rule.parts:
+        tensor = _checked(next(tensors), part)
+        if target is None:
+            target = tensor.new_empty((rows, *tensor.shape[1:]))
+        elif target.dtype != tensor.dtype:
+            target = target.to(torch.promote_types(target.dtype, tensor.dtype))
+        grouped = target.view(heads, rows // heads, *tensor.shape[1:])
+        stop = start + part.size[0] // heads
+        grouped[:, start:stop] = tensor.reshape(heads, -1, *tensor.shape[1:])
+        start = stop
+        del tensor  # before the next is read
+    assert target is not None
+    return target
+
+
+def _checked(tensor: Tensor, part: SourcePart) -> Tensor:
+    if tuple(tensor.shape) != part.size:
+        raise WeightsError(
+            f"the tensor has the shape {tuple(tensor.shape)}, expected {part.size}",
+            where=part.source,
+            fix="the checkpoint does not fit the preset: check --plugin and --preset",
+        )
+    return tensor
 
 
 def unpack(rule: BoundRule, shape: ModelShape, target: Tensor) -> tuple[Tensor, ...]:
@@ -104,9 +122,9 @@ def read_target(
     """
     dim = rule.rule.parallel_dim
     if dim is None or ranks == 1:
-        return pack(rule, shape, [_read_part(part, reader) for part in rule.parts])
+        return pack(rule, shape, (_read_part(part, reader) for part in rule.parts))
     parts = tuple(_slice(part, dim, rank, ranks) for part in rule.parts)
-    tensors = [_read_part(part, reader, column) for part, column in parts]
+    tensors = (_read_part(part, reader, column) for part, column in parts)
     local = dataclasses.replace(
         shape, num_heads=shape.num_heads // ranks, num_kv_heads=shape.num_kv_heads // ranks
     )

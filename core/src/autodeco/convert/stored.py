@@ -1,7 +1,8 @@
 """What an imported checkpoint holds and where: the records of its manifest, and its verification.
 
 An imported checkpoint is a directory with ``weights/`` (torch.distributed.checkpoint's format, as
-megatron-core reads it) and ``import.json``, the manifest that marks it as ours. The ``.metadata``
+megatron-core reads it), ``hf/`` (config.json, tokenizer and the like, from the source) and
+``import.json``, the manifest that marks it as ours. The ``.metadata``
 in ``weights/`` is a pickle: nothing here reads it.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,7 +22,8 @@ from autodeco.files import read_json
 
 MANIFEST = "import.json"
 WEIGHTS = "weights"
-VERSION = 1
+HF_FILES = "hf"
+VERSION = 2
 Dims = tuple[int, ...]
 _BLOCK = 16 << 20
 _AGAIN = "remove the directory and import again"
@@ -86,10 +89,10 @@ class WrittenPiece:
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """A file on disk: its size in bytes and its sha256."""
+    """A file on disk: its size in bytes and its CRC-32; the elements in it have hashes."""
 
     size: int
-    sha256: str
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def verify(directory: Path, manifest: Manifest, *, rank: int = 0, ranks: int = 1
     pieces = {part.file: part.pieces for part in manifest.parts}
     for name, content in sorted(manifest.contents().items())[rank::ranks]:
         path = directory / WEIGHTS / name
-        if file_sha256(path) == content.sha256:
+        if file_crc32(path) == content.crc32:
             continue
         with path.open("rb") as stream:
             broken = [
@@ -225,10 +228,13 @@ def verify(directory: Path, manifest: Manifest, *, rank: int = 0, ranks: int = 1
         )
 
 
-def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a whole file, read block by block."""
+def file_crc32(path: Path) -> int:
+    """Returns the CRC-32 of a whole file, read block by block."""
+    value = 0
     with path.open("rb") as stream:
-        return span_sha256(stream, 0, path.stat().st_size)
+        for block in _blocks(stream, 0, path.stat().st_size):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def span_sha256(stream: BinaryIO, start: int, size: int) -> str:

@@ -1,7 +1,7 @@
 """Writes pieces in torch.distributed.checkpoint's format, one tensor at a time, and its metadata.
 
-The format is written by torch's own `FileSystemWriter`, part by part, so that parts can be written
-by any rank, in any run; only ``.metadata`` says what they make up together.
+A file of that format is records of ``torch.save``, one behind the other; which ones, and what they
+make up together, only ``.metadata`` says. So files can be written by any rank, thread, or run.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import hashlib
 import io
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -27,22 +27,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
 from torch.distributed.checkpoint.storage import WriteResult
 
+from autodeco.convert.direct_reader import TORCH_DTYPES, DirectReader
 from autodeco.convert.operations import read_target
-from autodeco.convert.shards import ShardReader
-from autodeco.convert.stored import Part, Piece, WrittenFile, WrittenPiece, file_sha256, span_sha256
-from autodeco.errors import EnvironmentProblem, WeightsError
+from autodeco.convert.stored import Part, Piece, WrittenFile, WrittenPiece, file_crc32
+from autodeco.convert.workers import MemoryGate
+from autodeco.errors import WeightsError
 from autodeco.files import atomic_file, atomic_write_json
 from autodeco.hookspecs import ImportedWeights
+from autodeco.weights import BoundRule
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = ("F32", "F16", "BF16")
 _NAME_LENGTHS = 26  # where a zip entry's own header has the lengths of its name and extra field
 # megatron-core's CheckpointingConfig, as its save_config writes it
 _CONFIG = {
@@ -53,18 +49,18 @@ _CONFIG = {
 }
 
 
-class PieceSource:
-    """Makes pieces from the source checkpoint, in the order of their targets.
+class SourceTargets:
+    """The targets of a weight map, read from the source checkpoint.
 
     Args:
         weights: The source, in Hugging Face format.
-        reader: It, open.
+        reader: It, open; threads share it.
+        gate: Holds the bytes of the targets that are in memory.
     """
 
-    def __init__(self, weights: ImportedWeights, reader: ShardReader) -> None:
-        self._shape, self._reader = weights.shape, reader
-        self._rules = {rule.target: rule for rule in weights.weight_map.rules}
-        self._last: tuple[str, Tensor] | None = None
+    def __init__(self, weights: ImportedWeights, reader: DirectReader, gate: MemoryGate) -> None:
+        self.shape, self.reader, self.gate = weights.shape, reader, gate
+        self.rules = {rule.target: rule for rule in weights.weight_map.rules}
 
     def dtype(self, piece: Piece) -> torch.dtype:
         """Returns the dtype of a piece, which is that of its sources.
@@ -72,79 +68,128 @@ class PieceSource:
         Raises:
             WeightsError: They differ, or it is none that megatron-core stores.
         """
-        sources = self._rules[piece.target].sources
-        kinds = {self._reader.tensors[name].dtype for name in sources}
+        sources = self.rules[piece.target].sources
+        kinds = {self.reader.tensors[name].dtype for name in sources}
         if len(kinds) > 1 or not kinds <= set(_DTYPES):
             raise WeightsError(
                 f"the tensors are stored as {', '.join(sorted(kinds))}",
                 where=", ".join(sources),
                 fix="import a checkpoint in one of " + ", ".join(_DTYPES),
             )
-        return _DTYPES[kinds.pop()]
+        return TORCH_DTYPES[kinds.pop()]
+
+    def held(self, rule: BoundRule) -> int:
+        """Returns the most bytes that reading a target takes: it, and the largest of its parts."""
+        sizes = [
+            prod(part.size) * TORCH_DTYPES[self.reader.tensors[part.source].dtype].itemsize
+            for part in rule.parts
+        ]
+        tensors = [self.reader.tensors[name] for name in rule.sources]
+        as_it_is = all(t.format is None for t in tensors) and len(sizes) == 1
+        alone = as_it_is and not (rule.parts[0].transposed or rule.rule.interleaved)
+        return sizes[0] if alone else sum(sizes) + max(sizes)
+
+
+class PieceSource:
+    """Makes pieces, in the order of their targets, for one thread; use it in a ``with`` block.
+
+    Args:
+        targets: Where they come from.
+    """
+
+    def __init__(self, targets: SourceTargets) -> None:
+        self._targets = targets
+        self._last: tuple[str, Tensor] | None = None
+        self._held = 0
+
+    def __enter__(self) -> PieceSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
 
     def read(self, piece: Piece) -> Tensor:
-        """Returns a piece; the target that it is cut from is kept for the next one."""
+        """Returns a piece, of a storage of its own; the target is kept until another is read."""
         if self._last is None or self._last[0] != piece.target:
-            self._last = None  # free it before the next is read
-            target = read_target(self._rules[piece.target], self._shape, self._reader)
-            self._last = (piece.target, target.to(self.dtype(piece)))
-        rows = self._last[1]
-        if rows.shape[0] == piece.shape[0]:
-            self._last = None
-        return rows[piece.first_row : piece.first_row + piece.shape[0]]
+            self._let_go()
+            rule = self._targets.rules[piece.target]
+            self._held = self._targets.held(rule)
+            self._targets.gate.acquire(self._held)
+            target = read_target(rule, self._targets.shape, self._targets.reader).contiguous()
+            self._last = (piece.target, target)
+        rows = self._last[1][piece.first_row : piece.first_row + piece.shape[0]]
+        # torch.save writes a tensor's whole storage: this one shares the bytes, and has no others
+        raw = torch.from_numpy(rows.view(-1).view(torch.uint8).numpy())
+        return raw.view(rows.dtype).view(piece.stored_shape)
+
+    def _let_go(self) -> None:
+        self._last = None
+        self._targets.gate.release(self._held)
+        self._held = 0
+
+
+def part_file(number: int) -> str:
+    """Returns the name of a file of pieces, as torch's own writer names those of a rank."""
+    return f"__{number}_0.distcp"
 
 
 def write_part(
-    directory: Path, number: int, pieces: Sequence[Piece], source: PieceSource, blob: str | None
+    directory: Path,
+    number: int,
+    pieces: Sequence[Piece],
+    targets: SourceTargets,
+    blob: str | None,
+    written: Callable[[int], object] = lambda size: None,
 ) -> Part:
-    """Writes one file of pieces and reads it back.
-
-    At most the pieces of one part are held in memory, and the target that is being packed.
+    """Writes one file of pieces.
 
     Args:
         directory: ``weights/``.
         number: Of the part; its file is named after it.
         pieces: What goes into it.
-        source: Where they come from.
-        blob: Write an empty object under this key as well.
+        targets: Where they come from.
+        blob: Write an empty object as well.
+        written: Is told the bytes of each piece.
 
     Raises:
-        EnvironmentProblem: The file cannot be written, or does not read back as it was written.
+        EnvironmentProblem: The file cannot be written.
+        WeightsError: The source cannot be read.
     """
-    planner = _Planner(pieces, source)
-    files = _DurableFiles()
-    writer = FileSystemWriter(directory, sync_files=False, per_thread_copy_ahead=0)
-    writer.fs = files
-    writer.set_up_storage_writer(False, rank=number, use_collectives=False)
-    items = [planner.item(number) for number in range(len(pieces))]
-    if blob is not None:
-        items.append(WriteItem(MetadataIndex(blob), WriteItemType.BYTE_IO))
-    plan = writer.prepare_local_plan(SavePlan(items))
-    results = {r.index: r.storage_data for r in writer.write_data(plan, planner).value()}
-    ((file, digest),) = files.written.items()
-    path = directory / file
-    with path.open("rb") as stream:
-        written = tuple(
-            _located(
-                stream,
-                piece,
-                source.dtype(piece),
-                results[item.index],
-                planner.digests[item.index],
-            )
-            for piece, item in zip(pieces, items, strict=False)
+    path = directory / part_file(number)
+    records: list[tuple[int, int, str]] = []
+    at: tuple[int, int] | None = None
+    with atomic_file(path) as stream, PieceSource(targets) as source:
+        summed = _SummedStream(stream)
+        for piece in pieces:
+            tensor = source.read(piece)
+            raw = tensor.view(-1).view(torch.uint8).numpy().data
+            digest = hashlib.sha256(raw).hexdigest()
+            size = len(raw)
+            records.append((*_save(tensor, summed), digest))
+            del tensor, raw  # before the next is read
+            written(size)
+        if blob is not None:
+            # what megatron-core stores for a module without an extra state
+            at = _save([None], summed)
+    content = WrittenFile(summed.size, summed.crc32)
+    with path.open("rb") as reading:
+        found = tuple(
+            _located(reading, piece, targets.dtype(piece), path.name, *record)
+            for piece, record in zip(pieces, records, strict=True)
         )
-        intact = all(span_sha256(stream, w.start, w.size) == w.sha256 for w in written)
-    if not intact or file_sha256(path) != digest:
-        path.unlink()
-        raise EnvironmentProblem(
-            "the file does not read back as it was written",
-            where=str(path),
-            fix="check the disk, then run the same command again",
-        )
-    info = results[MetadataIndex(blob)] if blob is not None else None
-    at = (info.offset, info.length) if info is not None else None
-    return Part(file, WrittenFile(path.stat().st_size, digest), written, at)
+    return Part(path.name, content, found, at)
+
+
+def _save(value: object, stream: _SummedStream) -> tuple[int, int]:
+    """Appends a record; returns where it is, and its length."""
+    start = stream.size
+    try:
+        torch.save(value, cast(BinaryIO, stream))
+    except RuntimeError as error:
+        if stream.problem is None:
+            raise
+        raise stream.problem from error  # torch.save hides a full disk
+    return start, stream.size - start
 
 
 def finish(directory: Path, parts: Iterable[Part], objects: Sequence[str]) -> dict[str, Any]:
@@ -178,7 +223,7 @@ def finish(directory: Path, parts: Iterable[Part], objects: Sequence[str]) -> di
     atomic_write_json(directory / "metadata.json", _CONFIG)
     names = (".metadata", "common.pt", "metadata.json")
     paths = [directory / name for name in names]
-    return {p.name: WrittenFile(p.stat().st_size, file_sha256(p)) for p in paths}
+    return {p.name: WrittenFile(p.stat().st_size, file_crc32(p)) for p in paths}
 
 
 class _NoPathsWriter(FileSystemWriter):
@@ -187,78 +232,23 @@ class _NoPathsWriter(FileSystemWriter):
         return
 
 
-class _Planner(DefaultSavePlanner):
-    """Gives the writer one tensor at a time, made when it is asked for."""
-
-    def __init__(self, pieces: Sequence[Piece], source: PieceSource) -> None:
-        super().__init__()
-        self._pieces, self._source = pieces, source
-        self._by_index: dict[MetadataIndex, Piece] = {}
-        self.digests: dict[MetadataIndex, str] = {}
-
-    def item(self, number: int) -> WriteItem:
-        """Returns the request to write a piece."""
-        piece = self._pieces[number]
-        index = MetadataIndex(piece.key, piece.offset)
-        self._by_index[index] = piece
-        chunk = ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.stored_shape))
-        properties = TensorProperties(dtype=self._source.dtype(piece))
-        data = TensorWriteData(chunk, properties, torch.Size(piece.global_shape))
-        return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        """Makes the tensor (or the empty object) of a request."""
-        if write_item.type == WriteItemType.BYTE_IO:
-            # what megatron-core stores for a module without an extra state
-            stream = io.BytesIO()
-            torch.save([None], stream)
-            return stream
-        piece = self._by_index[write_item.index]
-        tensor = self._source.read(piece).contiguous().reshape(piece.stored_shape)
-        raw = tensor.view(-1).view(torch.uint8).numpy()
-        self.digests[write_item.index] = hashlib.sha256(raw.data).hexdigest()
-        return tensor
-
-
-class _DurableFiles(FileSystem):
-    """Files that appear under their names only when they are whole and on the disk."""
-
-    def __init__(self) -> None:
-        self.written: dict[str, str] = {}
-
-    @contextmanager
-    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
-        with atomic_file(Path(path)) as stream:
-            hashing = _HashingStream(stream)
-            try:
-                yield hashing
-            except RuntimeError as error:
-                if hashing.problem is None:
-                    raise
-                raise hashing.problem from error  # torch.save hides a full disk
-        self.written[Path(path).name] = hashing.digest.hexdigest()
-
-
-class _HashingStream(io.RawIOBase):
-    """Passes on what is written and hashes it; whoever opened the stream closes it."""
+class _SummedStream(io.RawIOBase):
+    """Passes on what is written and sums it up; whoever opened the stream closes it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self.digest = hashlib.sha256()
+        self.size = self.crc32 = 0
         self.problem: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Writes bytes."""
-        self.digest.update(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        self.size += len(data)
         try:
             return self._stream.write(data)
         except OSError as error:
             self.problem = error
             raise
-
-    def tell(self) -> int:
-        """Returns the position."""
-        return self._stream.tell()
 
 
 class _Window(io.RawIOBase):
@@ -286,14 +276,20 @@ class _Window(io.RawIOBase):
 
 
 def _located(
-    stream: BinaryIO, piece: Piece, dtype: torch.dtype, info: Any, sha: str
+    stream: BinaryIO,
+    piece: Piece,
+    dtype: torch.dtype,
+    file: str,
+    at: int,
+    length: int,
+    digest: str,
 ) -> WrittenPiece:
     """Finds the elements of a tensor inside its record, a zip archive of torch.save."""
-    with zipfile.ZipFile(cast(BinaryIO, _Window(stream, info.offset, info.length))) as archive:
+    with zipfile.ZipFile(cast(BinaryIO, _Window(stream, at, length))) as archive:
         (entry,) = (e for e in archive.infolist() if e.filename.endswith("/data/0"))
-    header = info.offset + entry.header_offset
+    header = at + entry.header_offset
     stream.seek(header + _NAME_LENGTHS)
     name, extra = struct.unpack("<HH", stream.read(4))
     start = header + _NAME_LENGTHS + 4 + name + extra
-    stored = (info.relative_path, info.offset, info.length, start, entry.file_size)
-    return WrittenPiece(piece, str(dtype).removeprefix("torch."), *stored, sha)
+    name_of_dtype = str(dtype).removeprefix("torch.")
+    return WrittenPiece(piece, name_of_dtype, file, at, length, start, entry.file_size, digest)

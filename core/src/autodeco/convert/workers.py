@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -84,6 +85,7 @@ class BytesProgress:
         self._console, self._what, self._seconds = console, what, seconds
         self._total, self._done, self._first = total, done, done
         self._began = self._last = time.monotonic()
+        self._lock = threading.Lock()
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -112,7 +114,11 @@ class BytesProgress:
             self._bar.stop()
 
     def advance(self, size: int) -> None:
-        """Counts `size` more bytes."""
+        """Counts `size` more bytes; threads may."""
+        with self._lock:
+            self._show(size)
+
+    def _show(self, size: int) -> None:
         self._done += size
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
@@ -128,3 +134,27 @@ class BytesProgress:
             f"{speed / 2**20:,.0f} MiB/s, about {left:,.0f} s left",
             highlight=False,
         )
+
+
+class MemoryGate:
+    """Lets threads hold so many bytes together; who alone needs more, waits until it is alone.
+
+    Args:
+        limit: Bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held = limit, 0
+        self._changed = threading.Condition()
+
+    def acquire(self, size: int) -> None:
+        """Waits until `size` more bytes may be held; whoever waits must hold none."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + size <= self._limit)
+            self._held += size
+
+    def release(self, size: int) -> None:
+        """Gives them back."""
+        with self._changed:
+            self._held -= size
+            self._changed.notify_all()

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from rich.console import Console
 
-from autodeco.convert.shards import ShardReader
+from autodeco.convert.direct_reader import DirectReader
+from autodeco.convert.small_files import copy_files, small_files
 from autodeco.convert.source import checkpoint_digest
 from autodeco.convert.stored import (
+    HF_FILES,
     MANIFEST,
     WEIGHTS,
     Manifest,
     Part,
     Piece,
-    file_sha256,
+    file_crc32,
     read_manifest,
     verify,
 )
-from autodeco.convert.stored_writer import PieceSource, finish, write_part
+from autodeco.convert.stored_writer import SourceTargets, finish, write_part
+from autodeco.convert.workers import (
+    BytesProgress,
+    MemoryGate,
+    Task,
+    default_workers,
+    run_tasks,
+)
+from autodeco.disk_space import require_space
 from autodeco.engines.megatron.compat import apply_cures
 from autodeco.engines.megatron.engine import form_groups
 from autodeco.engines.megatron.stored_layout import stored_layout
@@ -43,6 +55,7 @@ from autodeco.lock import FileLock, file_lock
 from autodeco.processes import rank, world_size
 
 PART_BYTES = 512 << 20
+HELD_BYTES = 1 << 30
 _PATIENCE = datetime.timedelta(hours=12)  # ranks wait for the slowest; gloo's own limit is shorter
 _PLAN = "plan.json"
 _PARTS = "parts"
@@ -56,17 +69,21 @@ def import_checkpoint(
     directory: Path,
     *,
     part_bytes: int = PART_BYTES,
+    held_bytes: int = HELD_BYTES,
+    console: Console | None = None,
 ) -> Manifest:
     """Makes `directory` an imported checkpoint of `weights`, or finds that it is one.
 
     Every rank calls it and writes its share of the parts. A killed import goes on where it
     stopped: it works in a hidden directory beside `directory`, which appears when it is complete.
-
     Args:
         weights: The source, in Hugging Face format, its weight map proved total.
         architecture: Its architecture.
         directory: The result; see `autodeco.convert.stored`.
-        part_bytes: A file takes tensors until it has so many bytes; they are held in memory.
+        part_bytes: A file takes tensors until it has so many bytes.
+        held_bytes: Of targets that a rank holds in memory together, unless one alone needs more:
+            itself, and the largest of its parts.
+        console: Where rank 0 shows its progress.
 
     Raises:
         WeightsError: `directory` is of another checkpoint or damaged, or weight map and model do
@@ -83,7 +100,9 @@ def import_checkpoint(
         lock = ranks.agree(lambda: _lock(directory) if rank() == 0 else None)
         if (there := ranks.agree(lambda: _there(weights, directory))) is not None:
             return there  # another process made it while this one came for the lock
-        return _Import(weights, architecture, directory, ranks, part_bytes).run()
+        console = console or Console(stderr=True, quiet=rank() != 0)
+        work = _Import(weights, architecture, directory, ranks, part_bytes, console)
+        return work.run(MemoryGate(held_bytes))
     finally:
         if lock is not None:
             lock.remove()
@@ -189,22 +208,24 @@ class _Import:
         directory: Path,
         ranks: _Ranks,
         part_bytes: int,
+        console: Console,
     ) -> None:
         self.weights, self.architecture, self.final = weights, architecture, directory
-        self.ranks, self.part_bytes = ranks, part_bytes
+        self.ranks, self.part_bytes, self.console = ranks, part_bytes, console
         self.building = directory.with_name(f".{directory.name}.importing")
 
-    def run(self) -> Manifest:
+    def run(self, gate: MemoryGate) -> Manifest:
         """Goes the whole way."""
         form_groups(ParallelLayout(), _CPU)
         pieces, objects = self.ranks.from_first(self._layout)
-        with ShardReader(self.weights.path, self.weights.formats) as reader:
-            source = PieceSource(self.weights, reader)
-            self.ranks.agree(lambda: _check_alike(pieces, source))
-            groups = split(pieces, lambda piece: source.dtype(piece).itemsize, self.part_bytes)
-            self.ranks.from_first(lambda: self._begin(len(groups)))
+        with DirectReader(self.weights.path, self.weights.formats) as reader:
+            targets = SourceTargets(self.weights, reader, gate)
+            self.ranks.agree(lambda: _check_alike(pieces, targets))
+            size_of = partial(_size_of, targets)
+            groups = split(pieces, size_of, self.part_bytes)
+            self.ranks.from_first(lambda: self._begin([sum(map(size_of, g)) for g in groups]))
             self.ranks.agree(self._check_shared)
-            self.ranks.agree(lambda: self._write(groups, source, objects))
+            self.ranks.agree(lambda: self._write(groups, targets, objects))
         self.ranks.from_first(lambda: self._finish(len(groups), objects))
         return self.ranks.agree(lambda: read_manifest(self.final))
 
@@ -212,16 +233,18 @@ class _Import:
         config = read_json(self.weights.path / "config.json")
         return stored_layout(self.weights, self.architecture, config)
 
-    def _begin(self, parts: int) -> None:
+    def _begin(self, sizes: Sequence[int]) -> None:
         """Makes the working directory, or takes over one of the same source and plan."""
         plan = {
             "source": checkpoint_digest(self.weights.path, times=True),
-            "parts": parts,
+            "parts": len(sizes),
             "part_bytes": self.part_bytes,
         }
         path = self.building / _PLAN
         if self.building.exists() and not (path.exists() and read_json(path) == plan):
             remove(self.building)
+        left = (size for n, size in enumerate(sizes) if not self._record(n).exists())
+        require_space(self.building, sum(left), "the imported checkpoint")
         for folder in (self.building / WEIGHTS, self.building / _PARTS):
             make_directory(folder)
             remove_partial(folder)
@@ -239,22 +262,31 @@ class _Import:
         return self.building / _PARTS / f"{number}.json"
 
     def _write(
-        self, groups: Sequence[Sequence[Piece]], source: PieceSource, objects: Sequence[str]
+        self, groups: Sequence[Sequence[Piece]], targets: SourceTargets, objects: Sequence[str]
     ) -> None:
         """Writes this rank's parts that are not there; those that are, are read back."""
-        for number in range(rank(), len(groups), world_size()):
+        mine = range(rank(), len(groups), world_size())
+        size = sum(_size_of(targets, piece) for number in mine for piece in groups[number])
+
+        def write(number: int) -> int:
             if self._is_whole(number):
-                continue
+                return sum(_size_of(targets, piece) for piece in groups[number])
             blob = objects[0] if objects and number == 0 else None
-            part = write_part(self.building / WEIGHTS, number, groups[number], source, blob)
+            folder = self.building / WEIGHTS
+            part = write_part(folder, number, groups[number], targets, blob, progress.advance)
             atomic_write_json(self._record(number), part.to_json())
+            return 0  # shown piece by piece
+
+        tasks: Iterator[Task] = (partial(write, number) for number in mine)
+        with BytesProgress(self.console, "import", size) as progress:
+            run_tasks(tasks, default_workers(), progress)
 
     def _is_whole(self, number: int) -> bool:
         if not self._record(number).exists():
             return False
         part = Part.from_json(read_json(self._record(number)))
         path = self.building / WEIGHTS / part.file
-        return path.is_file() and file_sha256(path) == part.content.sha256
+        return path.is_file() and file_crc32(path) == part.content.crc32
 
     def _finish(self, parts: int, objects: Sequence[str]) -> None:
         """Writes the metadata and the manifest, and gives the directory its name."""
@@ -262,27 +294,33 @@ class _Import:
         files = finish(self.building / WEIGHTS, written, objects)
         manifest = Manifest(checkpoint_digest(self.weights.path), written, files)
         atomic_write_json(self.building / MANIFEST, manifest.to_json())
+        source = self.weights.path
+        copy_files(small_files(source), source, self.building / HF_FILES)
         publish(self.building, self.final)
         remove(self.final / _PARTS)
         remove(self.final / _PLAN)
 
 
-def _check_alike(pieces: Sequence[Piece], source: PieceSource) -> None:
+def _size_of(targets: SourceTargets, piece: Piece) -> int:
+    return piece.numel * targets.dtype(piece).itemsize
+
+
+def _check_alike(pieces: Sequence[Piece], targets: SourceTargets) -> None:
     """A stored tensor stacks layers, so they must have one dtype; nothing has been written yet."""
     first: dict[str, Piece] = {}
     for piece in pieces:
         other = first.setdefault(piece.key, piece)
-        if source.dtype(piece) != source.dtype(other):
+        if targets.dtype(piece) != targets.dtype(other):
             raise WeightsError(
-                f"layers differ in their dtype: {other.target} is {source.dtype(other)}, "
-                f"{piece.target} is {source.dtype(piece)}",
+                f"layers differ in their dtype: {other.target} is {targets.dtype(other)}, "
+                f"{piece.target} is {targets.dtype(piece)}",
                 where=piece.key,
                 fix="import a checkpoint whose layers are stored alike",
             )
 
 
 def split(
-    pieces: Sequence[Piece], itemsize: Callable[[Piece], int], limit: int
+    pieces: Sequence[Piece], size_of: Callable[[Piece], int], limit: int
 ) -> list[list[Piece]]:
     """Groups pieces, in order, into parts; the targets' own order keeps reading sequential.
 
@@ -291,7 +329,7 @@ def split(
     groups: list[list[Piece]] = []
     room = 0
     for piece in pieces:
-        size = piece.numel * itemsize(piece)
+        size = size_of(piece)
         if size > room:
             groups.append([])
             room = limit
