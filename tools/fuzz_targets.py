@@ -287,6 +287,16 @@ def _read_base(directory: Path) -> None:
         merge(directory, _heads_of_base(directory.parent), root / layout, layout=layout)
 
 
+def _read_generated(directory: Path) -> None:
+    """`autodeco generate` on a merged checkpoint, one token."""
+    from autodeco.decoding.command import generate_text
+
+    generate_text(
+        model=directory, heads=None, prompt="Tom has", chat=False, max_new_tokens=1,
+        temperature_scale=None, top_p_scale=None, seed=0, device="cpu",
+    )  # fmt: skip
+
+
 def _heads_of_base(root: Path) -> Path:
     from autodeco.heads.files import save_heads
     from autodeco.heads.modules import DecodingHeads, HeadsConfig
@@ -327,5 +337,12 @@ def targets() -> Iterator[Target]:
     yield Target("merged-native", native, _make_merged("native"), _read_merged)
     renamed = (*merged, INDEX, "autodeco_heads.safetensors", SHARDS[0])
     yield Target("merged-autodeco", renamed, _make_merged("autodeco"), _read_merged)
+    yield Target(
+        "generate",
+        ("config.json", "generation_config.json", *weights),
+        _make_merged("native"),
+        _read_generated,
+        slow=True,
+    )
     yield Target("base", (*merged, *weights), _make_random, _read_base)
     yield from run_targets()

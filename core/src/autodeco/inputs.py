@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from autodeco import stories
 from autodeco.errors import PluginError
-from autodeco.files import read_json
+from autodeco.files import read_object
 from autodeco.job import Job
 from autodeco.registry import Resolution
 
@@ -243,7 +243,7 @@ def _model_digest(model: Path) -> str:
     from autodeco.training.data import file_digest
 
     digest = hashlib.sha256()
-    read_json(model / "config.json")
+    read_object(model / "config.json")
     # The end-of-turn tokens and the template decide what is learned from.
     for pattern in ("config.json", "generation_config.json", "token*", "special_tokens*", "chat_*"):
         for file in sorted(p for p in model.glob(pattern) if p.is_file()):

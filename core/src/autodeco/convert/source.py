@@ -11,7 +11,7 @@ from autodeco.convert.random_checkpoint import write_random_checkpoint
 from autodeco.convert.shards import PLAIN, StoredTensor, stored_tensors
 from autodeco.errors import PluginError, WeightsError
 from autodeco.family import FamilySpec, ModelPreset
-from autodeco.files import read_json
+from autodeco.files import read_object
 from autodeco.hookspecs import ImportedWeights
 from autodeco.job import Job
 from autodeco.safetensors_header import TensorInfo, read_checkpoint
@@ -38,7 +38,7 @@ def open_source(family: FamilySpec, job: Job) -> ImportedWeights:
             "the job has no model or no preset", who=family.id, fix="resolve the job first"
         )
     config_path = job.model / "config.json"
-    config = read_json(config_path, who=family.id)
+    config = read_object(config_path, who=family.id)
     preset = family.preset_for(job.preset, config, where=str(config_path))
     architecture = family.architecture(preset.architecture)
     shape = architecture.shape_of(config, where=str(config_path))

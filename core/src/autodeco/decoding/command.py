@@ -14,6 +14,7 @@ from autodeco.decoding import AutoDecoModelForCausalLM
 from autodeco.decoding.evaluation import Problem, load_problems, problem_prompts
 from autodeco.decoding.stage import EvaluationOutcome, evaluate_and_report
 from autodeco.decoding.terminal import coloured_tokens, legend
+from autodeco.engines.hf import loading_by_transformers, loading_options
 from autodeco.engines.select import choose_device, choose_dtype
 from autodeco.errors import DataError, WeightsError
 from autodeco.files import make_directory
@@ -60,7 +61,9 @@ def _load(
         raise WeightsError("no such checkpoint", where=str(model), fix="check --model")
     chosen = choose_device(device)
     kind = choose_dtype(dtype, model, chosen)
-    loaded = AutoDecoModelForCausalLM.from_pretrained(model, heads=heads, dtype=kind)
+    safe = loading_options(model)
+    with loading_by_transformers(model):
+        loaded = AutoDecoModelForCausalLM.from_pretrained(model, heads=heads, dtype=kind, **safe)
     return loaded.to(chosen), chosen
 
 
@@ -209,10 +212,7 @@ def _load_for_evaluation(
 
     chosen = choose_device(device)
     kind = choose_dtype(dtype, model, chosen)
-    try:
-        base = AutoModelForCausalLM.from_pretrained(str(model), dtype=kind, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"transformers cannot load the model: {error}", where=str(model), fix="check --model"
-        ) from error
+    safe = loading_options(model)
+    with loading_by_transformers(model):
+        base = AutoModelForCausalLM.from_pretrained(str(model), dtype=kind, **safe)
     return base.eval().to(chosen), None

@@ -93,6 +93,7 @@ class AutoDecoModelForCausalLM(GenerationHooks):
         if cls is not AutoDecoModelForCausalLM:  # transformers' own loading of the made class
             parent: Any = super()
             return parent.from_pretrained(path, *args, **kwargs)
+        kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
         file = Path(path) / CONFIG_FILE
         read = read_json(file) if file.is_file() else {}
         config = read if isinstance(read, dict) else {}  # what it should be, `load_heads` says

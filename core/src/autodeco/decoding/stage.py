@@ -15,7 +15,7 @@ from autodeco.decoding.progress import AnswersLine
 from autodeco.decoding.report import write_report
 from autodeco.decoding.results import evaluation_table
 from autodeco.decoding.store import ANSWERS
-from autodeco.files import atomic_write_json, read_json
+from autodeco.files import atomic_write_json, read_object
 from autodeco.heads.identity import CONFIG_FILE
 from autodeco.heads.modules import DecodingHeads
 from autodeco.heads.places import GENERATION_FILE
@@ -111,9 +111,9 @@ def vendor_generation_config(directory: Path) -> dict[str, Any] | None:
         The values, None where the vendor gave no such file.
     """
     config = directory / CONFIG_FILE
-    merged = read_json(config).get("autodeco") if config.exists() else None
-    if merged is not None and "generation_config" in merged:
-        kept = merged["generation_config"]
-        return None if kept is None else dict(kept)
+    merged = read_object(config).get("autodeco") if config.exists() else None
+    kept = merged.get("generation_config", {}) if isinstance(merged, dict) else {}
+    if kept is None or (isinstance(kept, dict) and kept):
+        return kept
     generation = directory / GENERATION_FILE
-    return dict(read_json(generation)) if generation.exists() else None
+    return read_object(generation) if generation.exists() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from torch import Tensor
 from autodeco.convert.shards import ShardReader
 from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
 from autodeco.engines.padding import check_finite, pad_batch
-from autodeco.errors import NumericsError, WeightsError
+from autodeco.errors import AutodecoError, NumericsError, WeightsError
+from autodeco.files import read_object
 from autodeco.storage import StorageFormat
 
+# of a config.json that is handed to transformers: each layer is an object, before a byte is read
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_experts": 20_000,
+    "num_local_experts": 20_000,
+    "n_routed_experts": 20_000,
+}
 _ROUNDING = 1e-2  # of the largest logit; bfloat16 has 4e-3
 
 
@@ -143,17 +152,8 @@ def _load(
     formats: Sequence[StorageFormat],
     dropped: Container[str],
 ) -> Any:
-    from safetensors import SafetensorError
-
-    try:
-        with ShardReader(path, formats) as reader:
-            model, info = _from_pretrained(path, dtype, trust_remote_code, reader, dropped)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise WeightsError(
-            f"transformers cannot load the model: {error}",
-            where=str(path),
-            fix="check that the directory holds a complete checkpoint of this family",
-        ) from error
+    with loading_by_transformers(path), ShardReader(path, formats) as reader:
+        model, info = _from_pretrained(path, dtype, trust_remote_code, reader, dropped)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, info.get(problem) or ()))
         if names:
@@ -174,6 +174,56 @@ def _load(
     return model
 
 
+@contextmanager
+def loading_by_transformers(path: Path) -> Iterator[None]:
+    """Makes whatever transformers raises on a checkpoint that it cannot use a `WeightsError`."""
+    try:
+        yield
+    except (AutodecoError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # its own, and those of the classes that it makes of a config.json
+        raise WeightsError(
+            f"transformers cannot load the model: {error or type(error).__name__}",
+            where=str(path),
+            fix="check that the directory holds a complete checkpoint of this family",
+        ) from error
+
+
+def loading_options(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Returns how transformers may load a checkpoint: its safetensors, and no code that it brings.
+
+    Args:
+        path: The checkpoint.
+        trust_remote_code: Its code may run.
+
+    Raises:
+        WeightsError: ``config.json`` names another file of weights than the one that was checked,
+            or more layers or experts than any model has: transformers would make them.
+    """
+    where = path / "config.json"
+    config = read_object(where)
+    nested = config.get("text_config")
+    wrong = ""
+    if config.get("transformers_weights") is not None:
+        wrong = f"transformers_weights names {config['transformers_weights']!r}"
+    for values in (config, nested if isinstance(nested, dict) else {}):
+        for key, most in _MOST.items():
+            value = values.get(key, 0)
+            if isinstance(value, int | float) and not value <= most:
+                wrong = f"{key} is {value!r}, which no model has"
+    if wrong:
+        raise WeightsError(
+            f"transformers must not load this model: {wrong}",
+            where=str(where),
+            fix="use the config.json that came with the checkpoint",
+        )
+    return {
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
 def _from_pretrained(
     path: Path,
     dtype: torch.dtype,
@@ -190,10 +240,11 @@ def _from_pretrained(
         "output_loading_info": True,
     }
     trust = {"trust_remote_code": trust_remote_code}
+    safe = loading_options(path, trust_remote_code=trust_remote_code)
     plain = all(t.format is None and name not in dropped for name, t in reader.tensors.items())
     if plain:
         loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
-            str(path), **given, **trust
+            str(path), **{**given, **safe}
         )
         return loaded
     config = AutoConfig.from_pretrained(str(path), local_files_only=True, **trust)

@@ -24,6 +24,7 @@ from autodeco.files import (
     atomic_write_json,
     fetch_hint,
     read_json,
+    read_object,
 )
 from autodeco.heads.identity import CONFIG_FILE, text_config
 from autodeco.heads.modules import DecodingHeads, HeadsConfig
@@ -307,7 +308,7 @@ def _ambiguous(size: int, path: Path, guess: tuple[int, bool]) -> tuple[int, boo
     if path.is_dir():
         for directory in (path, path / NATIVE_DIRECTORY):
             if (directory / CONFIG_FILE).exists():
-                config = read_json(directory / CONFIG_FILE)
+                config = read_object(directory / CONFIG_FILE)
                 d = text_config(config).get("hidden_size")
                 if d in (size - 5, size - 1):
                     return int(d), d == size - 5
