@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuzz_mutations import mutation_of
-from fuzz_targets import Target, targets
+from fuzz_mutations import mutation_of  # type: ignore[import-not-found]
+from fuzz_targets import Target, targets  # type: ignore[import-not-found]
 
 from autodeco.errors import AutodecoError
 
@@ -164,6 +164,9 @@ def main() -> int:
     out = given.out or Path(tempfile.mkdtemp(prefix="autodeco-findings-"))
     out.mkdir(parents=True, exist_ok=True)
     logging.disable(logging.CRITICAL)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     _limit_memory()
     count = 0
     for name in given.targets or known:

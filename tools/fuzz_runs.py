@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_targets import Target, _demo, _family, _make_random
+from fuzz_targets import Target, _demo, _family, _make_random  # type: ignore[import-not-found]
 
 from autodeco.errors import AutodecoError
 

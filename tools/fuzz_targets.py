@@ -84,7 +84,7 @@ def _make_tensors(directory: Path) -> None:
 
 
 def _make_sharded(directory: Path) -> None:
-    table = {}
+    table: dict[str, str] = {}
     for number, shard in enumerate(SHARDS):
         tensors = {f"layer.{number}.{name}": torch.ones(2, 2) for name in "ab"}
         save_file(tensors, directory / shard, {"format": "pt"})
@@ -310,7 +310,7 @@ def _heads_of_base(root: Path) -> Path:
 
 def targets() -> Iterator[Target]:
     """Yields every target."""
-    from fuzz_runs import run_targets
+    from fuzz_runs import run_targets  # type: ignore[import-not-found]
 
     config = ("config.json",)
     weights = ("model.safetensors",)

@@ -59,6 +59,7 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(model), local_files_only=True, trust_remote_code=trust_remote_code
         )
+        tokenizer("a")  # some values of its configuration are looked at only now
     except Exception as error:  # its parsers, one of them not in Python, raise anything
         raise DataError(
             f"the tokenizer cannot be loaded: {error or type(error).__name__}",
