@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -49,13 +51,20 @@ class Lines:
 
 def quoted(text: str) -> str:
     """Returns a string's literal, raw where it has backslashes."""
-    if "\\" in text and '"' not in text and not text.endswith("\\"):
-        return f'r"{text}"'
     plain = repr(text)
-    if '"' in text:
-        return plain
-    inner = plain[1:-1].replace("\\'", "'")
-    return f'"{inner}"'
+    if "\\" in text and text.isprintable():
+        given = f'r"{text}"'
+    else:
+        given = '"' + plain[1:-1].replace("\\'", "'") + '"'
+    # A text of a stranger's config.json must stay one, whatever it holds.
+    return given if _means(given, text) else plain
+
+
+def _means(literal: str, text: str) -> bool:
+    try:
+        return bool(ast.literal_eval(literal) == text)
+    except (SyntaxError, ValueError):
+        return False
 
 
 def source(value: Any, indent: int = 0, head: str = "", tail: str = "") -> list[str]:
@@ -70,7 +79,7 @@ def source(value: Any, indent: int = 0, head: str = "", tail: str = "") -> list[
     """
     space = " " * indent
     if isinstance(value, Comment):
-        return [f"{space}# {value.text}"]
+        return [f"{space}# {' '.join(value.text.splitlines())}"]
     flat = None if isinstance(value, Lines) else _flat(value)
     if flat is not None and len(space + head + flat + tail) <= WIDTH:
         return [space + head + flat + tail]
@@ -93,7 +102,8 @@ def _flat(value: Any) -> str | None:
         return None
     opener, closer, items = _items(value)
     if not opener:
-        return repr(value)
+        odd = isinstance(value, float) and not math.isfinite(value)
+        return f'float("{value}")' if odd else repr(value)
     parts = [(key, _flat(item)) for key, item in items]
     if any(part is None for _, part in parts):
         return None

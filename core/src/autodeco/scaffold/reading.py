@@ -14,6 +14,7 @@ from autodeco.family import Architecture, ModelShape
 from autodeco.files import read_json
 from autodeco.scaffold.naming import template
 from autodeco.scaffold.sizes import (
+    LAYER_KEYS,
     SIZE_KEYS,
     UNUSED_KEYS,
     find_keys,
@@ -138,12 +139,19 @@ def _check(config: Any, where: Path) -> None:
         wrong = "it names no architecture"
     elif any(isinstance(config.get(key), dict) for key in ("text_config", "llm_config")):
         wrong = "it nests a language model's configuration in another one"
+    elif key := next((k for k in LAYER_KEYS if _is_absurd(config.get(k))), None):
+        wrong = f"{key} is {config[key]!r}"
     if wrong:
         raise WeightsError(
             f"no plugin can be begun from this configuration: {wrong}",
             where=str(where),
             fix="give the config.json of a causal language model, as it came with the checkpoint",
         )
+
+
+def _is_absurd(layers: Any) -> bool:
+    """Whether no model has as many layers: transformers makes lists of them."""
+    return isinstance(layers, int | float) and not layers <= 10_000
 
 
 def _full_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
@@ -155,7 +163,14 @@ def _full_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
             where=str(where),
             fix="install a newer transformers, or write the plugin by hand (docs/plugins.md)",
         )
-    full: dict[str, Any] = _config_class(config)(**_plain(config)).to_dict()
+    try:
+        full: dict[str, Any] = _config_class(config)(**_plain(config)).to_dict()
+    except Exception as error:  # each class checks its own values, in its own way
+        raise WeightsError(
+            f"transformers cannot make a {config['model_type']} configuration of it: {error}",
+            where=str(where),
+            fix="give the config.json as it came with the checkpoint",
+        ) from error
     return {**full, **config}
 
 
@@ -249,13 +264,13 @@ def _with_checkpoint(source: Source, path: Path) -> Source:
 def _names_of(path: Path) -> tuple[list[str], dict[str, str]]:
     """Names in a checkpoint, and the format or dtype of each where its headers are there."""
     from autodeco.convert.shards import stored_tensors
-    from autodeco.safetensors_header import INDEX, read_checkpoint
+    from autodeco.safetensors_header import INDEX, read_checkpoint, read_index
 
     index = path / INDEX
     if index.is_file():
-        names = sorted(read_json(index)["weight_map"])
-        if not all((path / file).is_file() for file in read_json(index)["weight_map"].values()):
-            return names, {}
+        shards = read_index(path)["weight_map"]
+        if not all((path / file).is_file() for file in shards.values()):
+            return sorted(shards), {}
     stored = stored_tensors(read_checkpoint(path))
     kinds = {n: t.format.name if t.format else t.dtype for n, t in stored.items()}
     return list(stored), kinds

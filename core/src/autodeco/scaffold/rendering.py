@@ -11,7 +11,7 @@ from typing import Any
 
 from autodeco import __version__
 from autodeco.family import FromConfig, ModelShape
-from autodeco.scaffold.literals import WIDTH, Call, Comment, Raw, source
+from autodeco.scaffold.literals import WIDTH, Call, Comment, Raw, quoted, source
 from autodeco.scaffold.matching import Proposal
 from autodeco.scaffold.reading import Source
 from autodeco.scaffold.sizes import expert_ranks
@@ -288,7 +288,7 @@ def _own(plugin: Plugin, const: str) -> Call:
         Raw(f"architecture={const}.name"),
         Raw("\n".join(source(shape_call(plugin.source.shape), 12, "shape=")).strip()),
         Comment(f"{TODO}: its ids on the hub, and a layout that `autodeco plan` proves"),
-        Raw(f'model_ids=("{TODO}/{name}",)'),
+        Raw(f"model_ids=({quoted(f'{TODO}/{name}')},)"),
         Raw(source(layout, head="layout=")[0]),
         Raw("recipe=TRAINING"),
     ]

@@ -37,6 +37,7 @@ _LATENT_KEYS: dict[str, tuple[str, ...]] = {
     "nope_head_dim": ("qk_nope_head_dim",),
     "rope_head_dim": ("qk_rope_head_dim",),
 }
+LAYER_KEYS = _KEYS["num_layers"]
 _OPTIONAL = ("num_kv_heads", "head_dim", "tied_embeddings", "shared_experts", "dense_layers")
 #: Keys that a configuration may have though the model has no such size, or derives it.
 UNUSED_KEYS = (*_KEYS["ffn_size"], "head_dim", "qk_head_dim")
