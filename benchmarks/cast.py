@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -71,9 +70,7 @@ def plain_loop(source: Path, output: Path) -> None:
                 spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
                 tensors[name] = (weight.float() * spread).to(torch.bfloat16)
         save_file(tensors, output / shard.name)
-        descriptor = os.open(output / shard.name, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    disk.sync_files(output)
 
 
 def main() -> None:

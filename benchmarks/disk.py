@@ -38,16 +38,21 @@ def files_size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
+def sync_files(directory: Path) -> None:
+    """Flushes every file below a directory to the disk."""
+    for path in directory.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def copy_seconds(source: Path, target: Path) -> float:
     """Copies a directory with ``cp --reflink=never`` and flushes it to the disk."""
     shutil.rmtree(target, ignore_errors=True)
     drop_caches()
     began = time.perf_counter()
     subprocess.run(["cp", "-r", "--reflink=never", str(source), str(target)], check=True)
-    for path in target.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    sync_files(target)
     seconds = time.perf_counter() - began
     shutil.rmtree(target)
     return seconds

@@ -26,7 +26,12 @@ from types import TracebackType
 from typing import Any
 
 KILLED = 99  # exit code of a simulated kill
+OPERATIONS = (
+    *("replace", "rename", "link", "mkdir", "unlink", "rmdir", "fsync", "sendfile"),
+    *("pwrite", "posix_fallocate"),
+)
 CLOCKS = {"seconds", "tokens_per_second"}
+_TARGET_SECOND = ("replace", "rename", "link", "copy_file_range")
 _VARIABLE = re.compile(r"\d{8}-\d{6}(-\d+)?|(?<=\.)[0-9a-f]{8}(?=\.partial)|\d+")
 
 
@@ -87,7 +92,8 @@ class Faults:
     def install(self) -> None:
         import autodeco.convert.random_checkpoint as random_checkpoint
 
-        for name in ("replace", "rename", "link", "mkdir", "unlink", "rmdir", "fsync", "sendfile"):
+        names = "replace rename link mkdir unlink rmdir fsync sendfile copy_file_range pwrite"
+        for name in names.split():
             setattr(os, name, self._wrapped(name, getattr(os, name)))
         random_checkpoint.save_file = self._wrapped("save_file", random_checkpoint.save_file, 1)
         for module in (builtins, io):
@@ -127,18 +133,28 @@ class Faults:
         return str(path.relative_to(root)) if path.is_relative_to(root) else None
 
     def _wrapped(self, name: str, original: Any, argument: int | None = None) -> Any:
-        at = argument if argument is not None else int(name in ("replace", "rename", "link"))
+        at = argument if argument is not None else int(name in _TARGET_SECOND)
 
         def wrapped(*args: Any, **options: Any) -> Any:
             target = args[at] if isinstance(args[at], int) else os.fspath(args[at])
             if options.get("dir_fd") is not None:
                 target = Path(f"/proc/self/fd/{options['dir_fd']}").readlink() / target
             half = None
+            if name == "pwrite":
+
+                def half() -> None:
+                    original(args[0], args[1][: len(args[1]) // 2], args[2])
+
             if name == "save_file":  # torn: written by Rust, in one go
 
                 def half() -> None:
                     original(*args, **options)
                     os.truncate(target, Path(target).stat().st_size // 2)
+
+            elif name == "copy_file_range":
+
+                def half() -> None:
+                    original(*args[:2], args[2] // 2, *args[3:])
 
             return self.point(name, target, lambda: original(*args, **options), half)
 

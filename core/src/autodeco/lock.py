@@ -35,8 +35,9 @@ class FileLock:
         self.stream.close()
 
     def remove(self) -> None:
-        """Removes the file and frees the lock."""
-        self.path.unlink(missing_ok=True)
+        """Removes the file, if that is possible, and frees the lock."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
         self.stream.close()
 
 
@@ -44,6 +45,25 @@ def run_lock(directory: Path) -> FileLock:
     """Takes the lock of a run directory; raises as `file_lock` does."""
     fix = "wait for it, stop it, or begin another run with --resume new"
     return file_lock(directory / LOCK_FILE, "the run", directory, fix)
+
+
+def output_lock(output: Path, what: str) -> FileLock:
+    """Takes the lock of a directory that is to appear; the lock lies beside it.
+
+    Raises: as `file_lock` does.
+    """
+    fix = "wait for it, or choose another directory"
+    return file_lock(_beside(output), what, output, fix)
+
+
+def forget_output_lock(output: Path) -> None:
+    """Removes the lock that a process left which was killed when `output` was complete."""
+    with contextlib.suppress(OSError):
+        _beside(output).unlink(missing_ok=True)
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
 
 
 def file_lock(path: Path, what: str, where: Path, fix: str) -> FileLock:

@@ -80,7 +80,13 @@ def cast(
 
 
 @click.command()
-@click.option("--input", "converted", type=_PATH, required=True, help="A cast, or an import.")
+@click.option(
+    "--input",
+    "converted",
+    type=_PATH,
+    required=True,
+    help="A cast, an import, or an exported backbone.",
+)
 @click.option("--model", type=_PATH, required=True, help="The checkpoint that it was made from.")
 @click.option("--plugin", help="Of the checkpoint; default: found by its config.json.")
 @click.option("--preset", help="Of the checkpoint; default: found by its config.json.")
@@ -95,6 +101,7 @@ def verify(
     from rich.console import Console
 
     from autodeco.convert.cast_plan import plan_cast
+    from autodeco.convert.casting import MANIFEST as CAST
     from autodeco.convert.source import open_source
     from autodeco.convert.stored import MANIFEST
     from autodeco.convert.verification import compare_cast, compare_import
@@ -103,16 +110,24 @@ def verify(
     from autodeco.stopping import stop_at_once
 
     console = Console(stderr=True)
+    imported, cast_of = (converted / MANIFEST).exists(), (converted / CAST).exists()
     with stop_at_once():
-        if (converted / MANIFEST).exists():
+        if cast_of:  # whatever the family
+            who, formats = _formats(plugin, model)
+            plan = plan_cast(model, formats, who=who)
+            compared = compare_cast(plan, converted, formats, console=console)
+        else:
             found = Registry().resolve(plugin, model, preset)
             job = Job(plugin=found.family.id, preset=found.preset.name, model=model)
-            compared = compare_import(open_source(found.family, job), converted, console=console)
-        else:
-            who, formats = _formats(plugin, model)
-            compared = compare_cast(
-                plan_cast(model, formats, who=who), converted, formats, console=console
-            )
+            source = open_source(found.family, job)
+            if imported:
+                compared = compare_import(source, converted, console=console)
+            else:
+                plan = plan_cast(model, source.formats, who=found.row.who, may_be_plain=True)
+                dropped = source.weight_map.dropped
+                compared = compare_cast(
+                    plan, converted, source.formats, dropped=dropped, console=console
+                )
     text = (
         f"{converted}: {compared.tensors:,} tensors ({compared.size:,} bytes) are those of {model}"
         f", {compared.decoded:,} of which are stored in parts there"

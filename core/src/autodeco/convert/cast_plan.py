@@ -86,13 +86,20 @@ class CastPlan:
         }
 
 
-def plan_cast(source: Path, formats: Sequence[StorageFormat] = (), *, who: str = "") -> CastPlan:
+def plan_cast(
+    source: Path,
+    formats: Sequence[StorageFormat] = (),
+    *,
+    who: str = "",
+    may_be_plain: bool = False,
+) -> CastPlan:
     """Plans the cast of a checkpoint to bfloat16.
 
     Args:
         source: In Hugging Face format.
         formats: A plugin's own storage formats.
         who: The plugin, for errors.
+        may_be_plain: A checkpoint in which nothing is stored in parts is none that is refused.
 
     Raises:
         WeightsError: A shard is missing or broken; a scale is missing, unused, or does not fit its
@@ -102,7 +109,7 @@ def plan_cast(source: Path, formats: Sequence[StorageFormat] = (), *, who: str =
     config = _config(source)
     tensors = stored_tensors(read_checkpoint(source), formats, who=who)
     _check_plain(tensors, (*formats, *BUILT_IN), who)
-    if all(tensor.format is None for tensor in tensors.values()):
+    if not may_be_plain and all(tensor.format is None for tensor in tensors.values()):
         raise UsageError(
             "every tensor is stored as it is: there is nothing to cast",
             where=str(source),

@@ -31,7 +31,7 @@ from autodeco.files import (
     remove_partial,
 )
 from autodeco.heads.places import check_places
-from autodeco.lock import file_lock
+from autodeco.lock import forget_output_lock, output_lock
 from autodeco.safetensors_header import INDEX, SINGLE
 from autodeco.storage import StorageFormat
 
@@ -76,15 +76,11 @@ def cast_checkpoint(
     plan = plan_cast(source, formats, who=who)
     digest = checkpoint_digest(source)
     if _there(output, digest):
+        forget_output_lock(output)
         return plan
     check_places(source, output)
     make_directory(output.parent)
-    lock = file_lock(
-        output.with_name(f".{output.name}.lock"),
-        "the cast",
-        output,
-        "wait for it, or choose another directory",
-    )
+    lock = output_lock(output, "the cast")
     try:
         if not _there(output, digest):  # another process made it while this one came for the lock
             cast = _Cast(plan, output, digest, console or Console(stderr=True))

@@ -5,7 +5,7 @@ What is stored in parts is decoded in float32 and rounded, not in the way that t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,14 +45,20 @@ class Comparison:
 
 
 def compare_cast(
-    plan: CastPlan, converted: Path, formats: Sequence[StorageFormat] = (), *, console: Console
+    plan: CastPlan,
+    converted: Path,
+    formats: Sequence[StorageFormat] = (),
+    *,
+    dropped: Container[str] = (),
+    console: Console,
 ) -> Comparison:
-    """Compares a cast with its source.
+    """Compares a cast, or an exported backbone, with its source.
 
     Args:
         plan: Of the source, by `plan_cast`.
-        converted: The directory that the cast wrote.
+        converted: The directory in Hugging Face format.
         formats: The plugin's own storage formats.
+        dropped: Tensors of the source that may be missing: no target of the weight map has them.
         console: Where progress goes.
 
     Raises:
@@ -60,6 +66,8 @@ def compare_cast(
     """
     tensors = {t.name: t for shard in plan.shards for t in shard.tensors}
     infos = read_checkpoint(converted)
+    for name in [name for name in tensors if name in dropped and name not in infos]:
+        del tensors[name]
     _same_names(tensors, infos, converted)
     for name, tensor in tensors.items():
         found = (infos[name].dtype, infos[name].shape)
@@ -77,7 +85,7 @@ def compare_cast(
         BytesProgress(console, "verify", size) as progress,
     ):
         run_tasks(_blocks(tensors.values(), source, result), default_workers(), progress)
-    return Comparison(len(tensors), plan.decoded, size)
+    return Comparison(len(tensors), sum(t.format is not None for t in tensors.values()), size)
 
 
 def _blocks(

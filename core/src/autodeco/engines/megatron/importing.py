@@ -51,7 +51,7 @@ from autodeco.files import (
 )
 from autodeco.hookspecs import ImportedWeights
 from autodeco.layout import ParallelLayout
-from autodeco.lock import FileLock, file_lock
+from autodeco.lock import FileLock, forget_output_lock, output_lock
 from autodeco.processes import rank, world_size
 
 PART_BYTES = 512 << 20
@@ -76,6 +76,7 @@ def import_checkpoint(
 
     Every rank calls it and writes its share of the parts. A killed import goes on where it
     stopped: it works in a hidden directory beside `directory`, which appears when it is complete.
+
     Args:
         weights: The source, in Hugging Face format, its weight map proved total.
         architecture: Its architecture.
@@ -92,6 +93,7 @@ def import_checkpoint(
         EnvironmentProblem: It cannot be written, or a rank does not see it.
     """
     if (there := _there(weights, directory)) is not None:
+        forget_output_lock(directory)
         return there
     apply_cures()
     ranks = _Ranks()
@@ -141,8 +143,7 @@ def _there(weights: ImportedWeights, directory: Path) -> Manifest | None:
 def _lock(directory: Path) -> FileLock:
     """Keeps two imports into one directory apart."""
     make_directory(directory.parent)
-    path = directory.with_name(f".{directory.name}.lock")
-    return file_lock(path, "the import", directory, "wait for it, or choose another directory")
+    return output_lock(directory, "the import")
 
 
 class _Ranks:
