@@ -128,7 +128,11 @@ def test_a_stage_alone_takes_the_options_of_run(stage: str) -> None:
 
     whole, alone = options("run"), options(stage)
     assert {name: alone.get(name) for name in whole} == whole
-    on_paths = {"--output", "--input", "--heads-dir", "--format"} if stage != "train" else set()
+    on_paths = (
+        {"--output", "--input", "--target", "--heads-dir", "--format"}
+        if stage != "train"
+        else set()
+    )
     assert set(alone) - set(whole) <= on_paths
 
 

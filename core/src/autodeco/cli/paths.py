@@ -57,22 +57,27 @@ def import_weights(
 
 
 def export(
-    options: Mapping[str, Any], as_json: bool, *, output: Path | None, input: Path | None
+    options: Mapping[str, Any],
+    as_json: bool,
+    *,
+    output: Path | None,
+    input: Path | None,
+    target: str | None,
 ) -> None:
-    """Writes the heads of a checkpoint as a heads directory."""
-    values = _values(options, "checkpoint", "save_dtype", "temperature_scale", "top_p_scale")
-    output, source = _needed("--output", output), _needed("--input", input)
-    from autodeco.heads.files import load_heads, save_heads
-    from autodeco.training.checkpoint import STATE, find_checkpoint
+    """Writes the heads of a checkpoint as a heads directory, or a stored backbone for any tool."""
+    from autodeco.cli import exporting
 
-    if not (source / STATE).exists():
-        folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-        source = find_checkpoint(folder, values["checkpoint"])
-    loaded = load_heads(source)
+    backbone = target == "hf"
+    known = exporting.BACKBONE_OPTIONS if backbone else exporting.HEADS_OPTIONS
+    values = _values(options, *known)
+    output, source = _needed("--output", output), _needed("--input", input)
+    if backbone:
+        done = exporting.export_backbone(source, output, values)
+        click.echo(json.dumps(done, indent=2, default=str) if as_json else exporting.describe(done))
+        return
     dial = {name: values[name] for name in ("temperature_scale", "top_p_scale") if name in options}
-    metadata = {**loaded.metadata, **dial, "checkpoint": source.name}
-    save_heads(output, loaded.heads, metadata=metadata, dtype=values["save_dtype"])
-    _say(as_json, f"{output} from {source}", output=output, checkpoint=source)
+    done = exporting.export_heads(source, output, values, dial)
+    _say(as_json, f"{output} from {done['checkpoint']}", **done)
 
 
 def merge(

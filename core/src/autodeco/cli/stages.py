@@ -39,9 +39,16 @@ _ON_PATHS: dict[str, Callable[..., Any]] = {
 }
 _PATH_OPTIONS = {
     "import": {"format": "What to write; torch_dist: a megatron-core checkpoint."},
-    "export": {"input": "A run, its checkpoints, or one of them."},
+    "export": {
+        "input": "A run, its checkpoints, or one of them; a NeMo 2 checkpoint; an import.",
+        "target": "What to write: the heads (hf-peft, the default) or the whole backbone (hf).",
+    },
     "merge": {"heads_dir": "The heads (directory or file) to merge into --model."},
     "evaluate": {"heads_dir": "The heads, when --model is a base checkpoint."},
+}
+_CHOICES = {
+    "format": click.Choice(["hf", "torch_dist"]),
+    "target": click.Choice(["hf-peft", "hf"]),
 }
 
 
@@ -80,7 +87,7 @@ def _stage_command(name: str, stages: tuple[str, ...] | None, text: str) -> clic
         command.params += [
             click.Option(
                 ["--" + key.replace("_", "-")],
-                type=click.Choice(["hf", "torch_dist"]) if key == "format" else _PATH,
+                type=_CHOICES.get(key, _PATH),
                 help=f"{text} [paths]",
             )
             for key, text in _PATH_OPTIONS[name].items()
