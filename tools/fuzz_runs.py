@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fuzz_targets import Target, _demo, _family, _make_random  # type: ignore[import-not-found]
+from fuzz_targets import Target, _demo, _family, _make_formats, _make_random  # type: ignore[import-not-found]
 
 from autodeco.errors import AutodecoError
 
@@ -194,7 +194,33 @@ def _read_imported(directory: Path) -> None:
                 reader.read(written.piece.target)
 
 
-def _make_plan_of_import(directory: Path) -> None:
+def _read_torch_dist(directory: Path) -> None:
+    """A checkpoint of torch.distributed: its ``.metadata``, a pickle, and its records."""
+    from autodeco.convert.torch_dist_reader import TorchDistReader
+
+    with TorchDistReader(directory / "weights") as reader:
+        for key in reader.metadata:
+            reader.read(key)
+
+
+def _make_cast(directory: Path) -> None:
+    _make_formats(directory)
+    config = {"model_type": "x", "dtype": "bfloat16", "quantization_config": {"bits": 8}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text('{"eos_token_id": 1}')
+
+
+def _read_cast(directory: Path) -> None:
+    from rich.console import Console
+
+    from autodeco.convert.casting import cast_checkpoint
+
+    output = directory.parent / "cast"
+    shutil.rmtree(output, ignore_errors=True)
+    cast_checkpoint(directory, output, workers=1, console=Console(quiet=True))
+
+
+def _make_index(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}})
     )
@@ -229,10 +255,14 @@ def run_targets() -> Iterator[Target]:
         "run", tuple(f"{run}/{name}" for name in kept) + tuple(state), _make_run, _read_run
     )
     yield Target("imported", ("import.json",), _make_imported, _read_imported)
+    records = ("weights/.metadata", "weights/.metadata", "weights/__0_0.distcp")
+    yield Target("torch-dist", records, _make_imported, _read_torch_dist, slow=True)
+    weights = ("config.json", "model.safetensors")
+    yield Target("cast", weights, _make_cast, _read_cast)
     yield Target(
         "index-names",
         ("model.safetensors.index.json",),
-        _make_plan_of_import,
+        _make_index,
         _read_index_names,
     )
     yield Target("new-plugin", ("config.json",), _make_random, _read_new_plugin, slow=True)
