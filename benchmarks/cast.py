@@ -40,7 +40,7 @@ def make_source(directory: Path, gigabytes: float, shards: int) -> None:
     every = torch.randn(_WIDTH * _EXPERT, generator=generator).mul_(60).to(torch.float8_e4m3fn)
     data = every.view(torch.uint8).numpy().data
     scale = torch.rand(_WIDTH // 128 * (_EXPERT // 128), generator=generator).mul_(1e-3)
-    table = {}
+    table: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05}-of-{shards:06}.safetensors"
         entries: list[tuple[str, str, tuple[int, ...]]] = []

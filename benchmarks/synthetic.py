@@ -66,7 +66,7 @@ def write(
     every = list(entries(family, preset))
     each = -(-len(every) // shards)
     block = np.random.default_rng(0).standard_normal(_BLOCK // 4, dtype=np.float32).tobytes()
-    table = {}
+    table: dict[str, str] = {}
     for number in range(0, len(every), each):
         mine = every[number : number + each]
         file = f"model-{number // each + 1:05}-of-{shards:06}.safetensors"

@@ -319,3 +319,23 @@ def test_a_run_can_import_and_goes_on_with_it(tmp_path: Path) -> None:
     verify(path / "imported", read_manifest(path / "imported"))
     main(["export", *command])
     assert (path / "heads" / "model.safetensors").exists()
+
+
+def test_a_dry_run_says_what_an_import_writes(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["import", "--model", str(root / "debug-moe"), "--format", "torch_dist"]
+    command += ["--output", str(tmp_path / "out"), "--json"]
+    main([*command, "--dry-run"])
+    planned = json.loads(capsys.readouterr().out)
+    assert not list(tmp_path.iterdir())
+    main(command)
+    manifest = read_manifest(tmp_path / "out")
+    pieces = [written for part in manifest.parts for written in part.pieces]
+    found = {
+        "pieces": len(pieces),
+        "parts": len(manifest.parts),
+        "size": sum(written.size for written in pieces),
+        "keys": len({key for w in pieces for key in (w.piece.key, *w.piece.aliases)}),
+    }
+    assert {name: int(planned[name]) for name in found} == found

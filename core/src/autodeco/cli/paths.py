@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,9 +13,17 @@ from autodeco.errors import UsageError
 from autodeco.job import Job
 from autodeco.job_values import coerce_values
 
+if TYPE_CHECKING:
+    from autodeco.family import FamilySpec
+
 
 def import_weights(
-    options: Mapping[str, Any], as_json: bool, *, output: Path | None, format: str | None
+    options: Mapping[str, Any],
+    as_json: bool,
+    *,
+    output: Path | None,
+    format: str | None,
+    dry_run: bool = False,
 ) -> None:
     """Writes a checkpoint in another format; one that is there is verified."""
     values = _values(options, "plugin", "preset", "model", "import_format")
@@ -44,6 +52,9 @@ def import_weights(
         import_format="torch_dist",
         import_dir=output,
     )
+    if dry_run:
+        _say_planned(found.family, job, output, as_json)
+        return
     existed = output.exists()
     with joined(job):
         found.hooks().import_weights(job=job)
@@ -54,6 +65,21 @@ def import_weights(
     if rank() == 0:
         done = "was there, and is intact" if existed else f"written from {model}"
         _say(as_json, f"{output}: {done}", output=output, model=model, done=done)
+
+
+def _say_planned(family: FamilySpec, job: Job, output: Path, as_json: bool) -> None:
+    from autodeco.convert.source import open_source
+    from autodeco.engines.megatron.importing import plan_import
+    from autodeco.resolution import preset_of
+
+    weights = open_source(family, job)
+    plan = plan_import(weights, family.architecture(preset_of(family, job).architecture))
+    dropped = len(weights.weight_map.dropped)
+    text = (
+        f"{output}: planned, {plan.pieces:,} pieces of {plan.keys:,} stored tensors, "
+        f"{plan.size:,} bytes in {plan.parts:,} files; {dropped} source tensors dropped"
+    )
+    _say(as_json, text, output=output, dropped=dropped, **vars(plan))
 
 
 def export(

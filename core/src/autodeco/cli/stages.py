@@ -46,6 +46,7 @@ _PATH_OPTIONS = {
     "merge": {"heads_dir": "The heads (directory or file) to merge into --model."},
     "evaluate": {"heads_dir": "The heads, when --model is a base checkpoint."},
 }
+_PLANNED_ON_PATHS = ("import",)  # from the headers alone
 _CHOICES = {
     "format": click.Choice(["hf", "torch_dist"]),
     "target": click.Choice(["hf-peft", "hf"]),
@@ -69,14 +70,19 @@ def _stage_command(name: str, stages: tuple[str, ...] | None, text: str) -> clic
         type=_PATH,
         help="YAML, TOML or JSON file of these options; a run's job.json is one.",
     )
-    @click.option("--dry-run", is_flag=True, help="Print the resolved job and do nothing.")
+    @click.option(
+        "--dry-run",
+        is_flag=True,
+        help="Print the resolved job, or on paths what would be written; do nothing.",
+    )
     @click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
     @job_options
     def command(config: Path | None, dry_run: bool, as_json: bool, **options: Any) -> None:
         on_paths = {key: options.pop(key, None) for key in ("output", *_PATH_OPTIONS.get(name, ()))}
         if any(value is not None for value in on_paths.values()):
-            if config is not None or dry_run:
+            if config is not None or (dry_run and name not in _PLANNED_ON_PATHS):
                 raise click.UsageError("--config and --dry-run are for a job, not for --output")
+            on_paths |= {"dry_run": True} if dry_run else {}
             _ON_PATHS[name](given(options), as_json, **on_paths)
         else:
             if name == "evaluate":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,6 +109,54 @@ def import_checkpoint(
     finally:
         if lock is not None:
             lock.remove()
+        ranks.leave()
+
+
+@dataclass(frozen=True)
+class ImportPlan:
+    """An import to be done.
+
+    Attributes:
+        keys: Stored tensors, under all their names.
+        pieces: Blocks of them, one a target or more.
+        parts: Files that they go into.
+        size: Bytes of them.
+        largest: Bytes that the largest target takes while it is read.
+    """
+
+    keys: int
+    pieces: int
+    parts: int
+    size: int
+    largest: int
+
+
+def plan_import(
+    weights: ImportedWeights, architecture: Architecture, *, part_bytes: int = PART_BYTES
+) -> ImportPlan:
+    """Plans an import from the headers of the source alone; see `import_checkpoint`.
+
+    Raises:
+        WeightsError: Weight map and model do not agree, or layers differ in their dtype.
+    """
+    apply_cures()
+    ranks = _Ranks()
+    try:
+        form_groups(ParallelLayout(), _CPU)
+        config = read_json(weights.path / "config.json")
+        pieces, _ = stored_layout(weights, architecture, config)
+        with DirectReader(weights.path, weights.formats) as reader:
+            targets = SourceTargets(weights, reader, MemoryGate(HELD_BYTES))
+            _check_alike(pieces, targets)
+            size_of = partial(_size_of, targets)
+            return ImportPlan(
+                keys=len({key for piece in pieces for key in (piece.key, *piece.aliases)}),
+                pieces=len(pieces),
+                parts=len(split(pieces, size_of, part_bytes)),
+                size=sum(map(size_of, pieces)),
+                largest=max(map(targets.held, targets.rules.values())),
+            )
+    finally:
         ranks.leave()
 
 
