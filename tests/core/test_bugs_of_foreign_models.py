@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from importlib import resources
@@ -12,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from autodeco.convert.stored import Manifest, Part, Piece, WrittenFile, WrittenPiece
+from autodeco.convert.stored_reader import StoredReader
 from autodeco.decoding import AutoDecoModelForCausalLM
 from autodeco.decoding.command import generate_text
 from autodeco.engines.hf import HFEngine, loading_options
@@ -95,6 +98,45 @@ def test_bug_transformers_was_handed_what_had_not_been_checked(
         loading_options(model)
     with pytest.raises(WeightsError, match=message):
         HFEngine(model, torch.device("cpu"), torch.float32)
+
+
+def imported(directory: Path, **changes: Any) -> Path:
+    """An imported checkpoint of one piece, with a manifest that may be forged."""
+    (directory / "weights").mkdir(parents=True)
+    content = torch.arange(4, dtype=torch.float32).numpy().tobytes()
+    (directory / "weights" / "one.distcp").write_bytes(content)
+    piece = Piece("t", 0, (2, 2), "t", (), (2, 2), (0, 0))
+    written = WrittenPiece(piece, "float32", "one.distcp", 0, 16, 0, 16, "")
+    forged = dataclasses.replace(written, **changes)
+    part = Part("one.distcp", WrittenFile(16, 0), (forged,))
+    manifest = Manifest("", (part,), {}).to_json()
+    (directory / "import.json").write_text(json.dumps(manifest))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"file": "../../outside"},
+        {"file": "/etc/passwd"},
+        {"dtype": "load"},
+        {"dtype": "nn"},
+        {"dtype": 7},
+        {"start": 10**6},
+        {"start": -1},
+        {"size": 10**30},
+        {"size": "16"},
+        {"size": 3},
+    ],
+)
+def test_bug_a_forged_manifest_led_out_of_the_imported_checkpoint(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    (tmp_path / "outside").write_bytes(bytes(16))
+    with StoredReader(imported(tmp_path / "good")) as reader:
+        assert reader.read("t").tolist() == [[0, 1], [2, 3]]
+    with pytest.raises(WeightsError), StoredReader(imported(tmp_path / "bad", **changes)) as bad:
+        bad.read("t")
 
 
 def test_a_checkpoint_of_pickles_alone_is_not_loaded(model: Path, tmp_path: Path) -> None:

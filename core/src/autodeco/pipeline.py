@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from autodeco.cluster.environment import forwarded_variables
 from autodeco.cluster.join import Cluster, joined
 from autodeco.cluster.log import rank_log
 from autodeco.errors import AutodecoError, UsageError
-from autodeco.files import remove
+from autodeco.files import read_object, remove
 from autodeco.hookspecs import BuiltModel, HeadedModel, ImportedWeights
 from autodeco.inputs import Inputs, prepare_inputs, require_merge
 from autodeco.job import Job
@@ -199,7 +198,7 @@ class _Run:
                 remove(self.directory.manifest(stale))
         if self.directory.done(stage) and not memory_only and self._has_output(stage):
             self.console.print(f"{stage}: done before, skipped", highlight=False)
-            made = self.directory.read_manifest(stage).get("made", "")
+            made = str(self.directory.read_manifest(stage).get("made", ""))
             self.state.rows.append((stage, made, 0.0))
             return
         if memory_only and not self._model_is_needed():
@@ -231,7 +230,8 @@ class _Run:
         """Whether the stage was done before, with other values of the options it depends on."""
         if not options or not self.directory.done(stage):
             return False
-        before = self.directory.read_manifest(stage).get("options") or {}
+        found = self.directory.read_manifest(stage).get("options")
+        before = found if isinstance(found, dict) else {}
         changed = [name for name, value in options.items() if before.get(name) != value]
         if changed:
             names = ", ".join(changed)
@@ -391,7 +391,7 @@ class _Run:
         return RunSummary(
             self.directory.path,
             tuple(self.state.rows),
-            json.loads(results.read_text()) if results.exists() else None,
+            read_object(results) if results.exists() else None,
             outcome.table if outcome else None,
         )
 

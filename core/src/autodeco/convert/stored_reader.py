@@ -27,6 +27,8 @@ class StoredReader:
         self._pieces: dict[str, list[WrittenPiece]] = {}
         for part in read_manifest(directory).parts:
             for written in part.pieces:
+                if written.file != part.file or not _is_dtype(written.dtype):
+                    raise self._forged(written, "names another file or dtype than its part")
                 self._pieces.setdefault(written.piece.target, []).append(written)
         self._open: dict[str, mmap.mmap] = {}
 
@@ -62,7 +64,10 @@ class StoredReader:
                 where=str(self.directory / MANIFEST),
                 fix="remove the directory and import again",
             )
-        parts = [self._slice(written, dim, rank, ranks) for written in pieces]
+        try:
+            parts = [self._slice(written, dim, rank, ranks) for written in pieces]
+        except (OSError, ValueError, TypeError, RuntimeError, IndexError, OverflowError) as error:
+            raise self._forged(pieces[0], f"cannot be read: {error}") from error
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _slice(self, written: WrittenPiece, dim: int, rank: int, ranks: int) -> Tensor:
@@ -76,9 +81,20 @@ class StoredReader:
         shape[dim] //= ranks
         return taken.view(dtype).view(shape)
 
+    def _forged(self, written: WrittenPiece, problem: str) -> WeightsError:
+        return WeightsError(
+            f"the manifest's piece of {written.piece.target!r} {problem}",
+            where=str(self.directory / MANIFEST),
+            fix="remove the directory and import again",
+        )
+
     def _file(self, name: str) -> mmap.mmap:
         if name not in self._open:
             with (self.directory / WEIGHTS / name).open("rb") as stream:
                 # a private map: torch wants to be allowed to write
                 self._open[name] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._open[name]
+
+
+def _is_dtype(name: object) -> bool:
+    return isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype)
