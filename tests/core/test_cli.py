@@ -88,7 +88,16 @@ def tiny(out: Path, job: tuple[str, ...]) -> Path:
 
 def test_all_commands_are_there() -> None:
     promised = {*STAGES, "run", "split", "generate", "data show", "plugin list", "plugin show"}
-    promised |= {"launch", "doctor", "plan", "plugin check", "plugin new"}
+    promised |= {
+        "launch",
+        "doctor",
+        "plan",
+        "plugin check",
+        "plugin new",
+        "cast",
+        "verify",
+        "fetch",
+    }
     assert set(COMMANDS) == promised
 
 

@@ -82,7 +82,7 @@ def test_without_links_nothing_is_copied_unless_asked(
     with pytest.raises(EnvironmentProblem, match=f"{size:,} bytes") as refused:
         merge(base, heads, tmp_path / "forced")
     assert str(base) in str(refused.value) and "--copy" in str(refused.value)
-    assert not list(tmp_path.glob("*forced*")) and not list(tmp_path.glob(".link*"))
+    assert not list(tmp_path.glob("*forced*")) and not list(tmp_path.glob(".autodeco*"))
     forced = merge(base, heads, tmp_path / "forced", copy=None)  # a built-in model
     assert forced.copied == asked.copied and forced.linked == 0 and forced.bytes_written >= size
     for name in ("asked", "forced"):

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from autodeco.errors import EnvironmentProblem
-from autodeco.files import temporary_name, write_problem
+from autodeco.files import PARTIAL_SUFFIX, temporary_name, write_problem
 
+_PROBE = "autodeco-link"
 _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 Advance = Callable[[int], None]
 _PIECE = 32 << 20  # a piece is what a stop waits for
@@ -84,6 +85,9 @@ def require_sharing(sources: Iterable[Path], directory: Path, fix: str) -> None:
     place = directory.absolute()
     while not place.is_dir():
         place = place.parent
+    for left in place.glob(f".{_PROBE}.*{PARTIAL_SUFFIX}"):  # of a process that was killed here
+        with contextlib.suppress(OSError):
+            left.unlink()
     files = [source.resolve() for source in sources]
     size = sum(file.stat().st_size for file in files)
     tried = set()
@@ -93,7 +97,7 @@ def require_sharing(sources: Iterable[Path], directory: Path, fix: str) -> None:
         if kind in tried:
             continue
         tried.add(kind)
-        probe = temporary_name(place / "link")
+        probe = temporary_name(place / _PROBE)
         why = ""
         try:
             os.link(file, probe)

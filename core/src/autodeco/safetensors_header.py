@@ -205,13 +205,17 @@ def read_index(directory: Path) -> dict[str, Any]:
     table = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(table, dict) or not table:
         raise _broken(path, "the index has no weight_map")
+    plain: set[str] = set()  # a shard has a thousand tensors
     for name, shard in table.items():
+        if isinstance(shard, str) and shard in plain:
+            continue
         if not is_plain_name(shard):
             raise WeightsError(
                 f"the index points to {shard!r} for {name!r}, outside the directory",
                 where=str(path),
                 fix="do not use this checkpoint: its index is forged or damaged",
             )
+        plain.add(shard)
     return cast(dict[str, Any], content)
 
 

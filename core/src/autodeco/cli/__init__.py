@@ -12,6 +12,7 @@ import click
 from autodeco import __version__
 from autodeco.cli.converting import add_conversion_commands
 from autodeco.cli.doctoring import doctor
+from autodeco.cli.fetching import fetch
 from autodeco.cli.launching import launch
 from autodeco.cli.planning import plan
 from autodeco.cli.plugins import plugin_group
@@ -44,6 +45,7 @@ cli.add_command(plugin_group)
 cli.add_command(plan)
 cli.add_command(doctor)
 cli.add_command(launch)
+cli.add_command(fetch)
 add_stage_commands(cli)
 add_conversion_commands(cli)
 add_tool_commands(cli)

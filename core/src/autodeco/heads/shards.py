@@ -117,8 +117,12 @@ def restore_shard(source: Path, target: Path, back: Rename) -> RenamedShard:
         return RenamedShard(source, target, _packed(content), ranges)
     size = sum(size for _, size in ranges)
     raw = _unpacked(source, metadata[_HEADER_BEFORE])
-    before = parse_header(source, raw, 8 + len(raw) + size)
-    now = parse_header(source, json.dumps(content).encode(), 8 + len(json.dumps(content)) + size)
+    text = _json(content)
+    now = parse_header(source, text, 8 + len(text) + size)
+    try:
+        before = parse_header(source, raw, 8 + len(raw) + size)
+    except WeightsError as error:
+        raise _foreign_header(source) from error
     if _places(before) != _places(now):
         raise _foreign_header(source)
     return RenamedShard(source, target, struct.pack("<Q", len(raw)) + raw, ranges)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autodeco.errors import DataError, WeightsError
-from autodeco.files import read_object
+from autodeco.files import fetch_hint, read_object
 from autodeco.foreign import is_plain_name
 
 
@@ -54,6 +54,9 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not model.is_dir():  # else its name would be looked up in the hub's cache
+        fix = fetch_hint(model) or "check the path"
+        raise DataError("there is no such checkpoint", where=str(model), fix=fix)
     _check_files(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
