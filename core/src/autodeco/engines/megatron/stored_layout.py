@@ -23,6 +23,10 @@ from autodeco.layout import ParallelLayout
 PREFIX = "module."  # as NeMo and Megatron-LM have it
 _LOCAL_MOE_NORM = ".mlp.linear_fc1.layer_norm_weight"
 _TE_MOE_NORM = ".pre_mlp_layernorm.weight"
+_EMBEDDING = PREFIX + "embedding.word_embeddings.weight"
+_OUTPUT = PREFIX + "output_layer.weight"
+_SINKS = ".core_attention.softmax_offset"
+_NORM = "layernorm.weight"
 # norms that the local spec stores by themselves -> the product that Transformer Engine has them in
 _FUSED_BY_TE = {
     ".pre_mlp_layernorm.weight": ".mlp.linear_fc1",
@@ -67,7 +71,8 @@ def stored_layout(
             found[target] = list(_pieces(target, entry))
     _check_targets(weights, found)
     pieces = [piece for rule in weights.weight_map.rules for piece in found[rule.target]]
-    return tuple(_with_aliases(pieces)), tuple(objects)
+    aliased = tuple(_with_aliases(pieces, shape.tied_embeddings))
+    return aliased, tuple(dict.fromkeys((*objects, *_states_of_te(aliased))))
 
 
 def _pieces(target: str, entry: Any) -> Iterator[Piece]:
@@ -108,17 +113,18 @@ def _check_targets(weights: ImportedWeights, found: Mapping[str, list[Piece]]) -
         )
 
 
-def _with_aliases(pieces: list[Piece]) -> Iterator[Piece]:
+def _with_aliases(pieces: list[Piece], tied: bool) -> Iterator[Piece]:
     """Adds the names of the Transformer Engine spec where the local spec has others.
 
     Before a layer of experts, the local spec stores the norm as if it were fused into a dense
     layer's product; Transformer Engine stores it under its own name. With latent attention it is
     the other way round before a dense layer, and Transformer Engine fuses the norms of queries and
-    keys into the products behind them.
+    keys into the products behind them. A tied embedding has the output layer's name as well: NeMo
+    makes some models with tied embeddings as ones that are not.
     """
     keys = {piece.key for piece in pieces}
     for piece in pieces:
-        aliases: tuple[str, ...] = ()
+        aliases: tuple[str, ...] = (_OUTPUT,) if tied and piece.key == _EMBEDDING else ()
         layer = piece.key.removesuffix(_LOCAL_MOE_NORM)
         if layer != piece.key and layer + ".mlp.linear_fc1.weight" not in keys:
             aliases = (layer + _TE_MOE_NORM,)
@@ -127,3 +133,19 @@ def _with_aliases(pieces: list[Piece]) -> Iterator[Piece]:
             if layer != piece.key and layer + product + ".weight" in keys:
                 aliases = (layer + product + ".layer_norm_weight",)
         yield Piece(**{**vars(piece), "aliases": aliases})
+
+
+def _states_of_te(pieces: tuple[Piece, ...]) -> Iterator[str]:
+    """Yields keys of the (empty) states that Transformer Engine's modules have and local ones not.
+
+    Its norms have one, unless they are fused into a product, and so has attention with sinks; its
+    products have those of the local spec.
+    """
+    for piece in pieces:
+        for key in piece.aliases or (piece.key,):
+            if not key.endswith((_NORM, _SINKS)):
+                continue
+            module = key.rpartition(".")[0]
+            stacked = len(piece.global_shape) > len(piece.shape)
+            layers, layer = (piece.global_shape[0], piece.offset[0]) if stacked else (1, 0)
+            yield f"{module}._extra_state/shard_{layer}_{layers}"
