@@ -84,7 +84,7 @@ def test_bug_a_configuration_that_is_no_object_was_a_traceback(
             read()
 
 
-@pytest.mark.parametrize("ids", [1.5, "2", [[1]], [1, None], {"a": 1}, True, [False]])
+@pytest.mark.parametrize("ids", [1.5, "2", [[1]], [1, None], {"a": 1}, True, [False], [10**30]])
 def test_bug_end_tokens_of_any_type_were_believed(tmp_path: Path, ids: Any) -> None:
     write(tmp_path / "generation_config.json", {"eos_token_id": ids})
     with pytest.raises(WeightsError, match="eos_token_id"):
@@ -253,7 +253,7 @@ def test_bug_a_scale_of_more_digits_than_a_float_was_a_traceback() -> None:
 
 
 @given(st.text())
-@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@settings(max_examples=50, deadline=None, database=None, derandomize=True)
 def test_bug_a_text_of_a_config_was_another_one_in_the_source_of_a_new_plugin(text: str) -> None:
     assert ast.literal_eval(quoted(text)) == text
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from autodeco.convert.stored import Manifest, Part, Piece, WrittenFile, WrittenPiece
 from autodeco.convert.stored_reader import StoredReader
 from autodeco.decoding import AutoDecoModelForCausalLM
 from autodeco.decoding.command import generate_text
 from autodeco.engines.hf import HFEngine, loading_options
-from autodeco.errors import DataError, WeightsError
+from autodeco.errors import DataError, NumericsError, WeightsError
 from autodeco.heads.files import save_heads
 from autodeco.heads.modules import DecodingHeads, HeadsConfig
 from autodeco.training.tokenization import load_tokenizer
@@ -139,6 +139,32 @@ def test_bug_a_forged_manifest_led_out_of_the_imported_checkpoint(
         bad.read("t")
 
 
+def test_bug_a_weight_that_is_no_number_was_a_traceback_in_generate(
+    model: Path, tmp_path: Path
+) -> None:
+    size = json.loads((model / "config.json").read_text())["hidden_size"]
+    heads = save_heads(tmp_path / "heads", DecodingHeads(HeadsConfig(size)), metadata={})
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NumericsError, match="not finite"):
+        generated(model, heads)
+
+
+def generated(model: Path, heads: Path) -> Any:
+    return generate_text(
+        model=model,
+        heads=heads,
+        prompt="a",
+        chat=False,
+        max_new_tokens=1,
+        temperature_scale=None,
+        top_p_scale=None,
+        seed=0,
+        device="cpu",
+    )
+
+
 def test_a_checkpoint_of_pickles_alone_is_not_loaded(model: Path, tmp_path: Path) -> None:
     size = json.loads((model / "config.json").read_text())["hidden_size"]
     heads = save_heads(tmp_path / "heads", DecodingHeads(HeadsConfig(size)), metadata={})
@@ -147,17 +173,7 @@ def test_a_checkpoint_of_pickles_alone_is_not_loaded(model: Path, tmp_path: Path
     with pytest.raises(OSError, match="no file named model"):
         AutoDecoModelForCausalLM.from_pretrained(model, heads=heads)
     with pytest.raises(WeightsError, match="transformers cannot load"):
-        generate_text(
-            model=model,
-            heads=heads,
-            prompt="a",
-            chat=False,
-            max_new_tokens=1,
-            temperature_scale=None,
-            top_p_scale=None,
-            seed=0,
-            device="cpu",
-        )
+        generated(model, heads)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from autodeco.decoding.stage import EvaluationOutcome, evaluate_and_report
 from autodeco.decoding.terminal import coloured_tokens, legend
 from autodeco.engines.hf import loading_by_transformers, loading_options
 from autodeco.engines.select import choose_device, choose_dtype
-from autodeco.errors import DataError, WeightsError
+from autodeco.errors import DataError, NumericsError, WeightsError
 from autodeco.files import make_directory
 from autodeco.heads.attach import ASKED, ASKED_OPTIONS
 from autodeco.heads.identity import CONFIG_FILE
@@ -106,16 +106,26 @@ def generate_text(
             "the prompt has no token", where="--prompt", fix="give some text to go on from"
         )
     torch.manual_seed(seed)
-    out = loaded.generate(
-        torch.tensor([ids], device=chosen),
-        do_sample=True,
-        max_new_tokens=max_new_tokens,
-        temperature_scale=temperature_scale,
-        top_p_scale=top_p_scale,
-        return_autodeco=True,
-        pad_token_id=tokenizer.pad_token_id or 0,
-        eos_token_id=list(eos_token_ids(model, tokenizer)) or None,
-    )
+    eos = list(eos_token_ids(model, tokenizer)) or None
+    try:
+        out = loaded.generate(
+            torch.tensor([ids], device=chosen),
+            do_sample=True,
+            max_new_tokens=max_new_tokens,
+            temperature_scale=temperature_scale,
+            top_p_scale=top_p_scale,
+            return_autodeco=True,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            eos_token_id=eos,
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NumericsError(
+            "the model's probabilities are not finite",
+            where=str(model),
+            fix="a weight is damaged, or too large for the dtype: fetch the checkpoint again",
+        ) from error
     answer = out.sequences[0, len(ids) :].tolist()
     texts = _pieces(tokenizer, answer)
     count = len(answer)

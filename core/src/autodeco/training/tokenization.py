@@ -112,9 +112,9 @@ def eos_token_ids(model: Path, tokenizer: Any) -> tuple[int, ...]:
         if (model / name).exists():
             ids = read_object(model / name).get("eos_token_id")
             listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
-            if any(type(i) is not int for i in listed):
+            if any(type(i) is not int or abs(i) >= 2**31 for i in listed):
                 raise WeightsError(
-                    f"eos_token_id is {ids!r}, neither a whole number nor a list of them",
+                    f"eos_token_id is {ids!r}, neither a token id nor a list of them",
                     where=str(model / name),
                     fix="use the file that came with the checkpoint",
                 )
