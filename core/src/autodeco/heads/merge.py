@@ -136,7 +136,8 @@ def merge(
             _write_native(base, directory, config, temporary, tally, copy=copy, progress=progress)
         else:
             _write_autodeco(base, directory, config, temporary, tally, tensors, progress)
-        remove(temporary / _SCRATCH)
+        if directory.parent == temporary:  # it was made for this merge
+            remove(directory)
     return MergeReport(
         layout,
         tally.hardlink,
