@@ -326,6 +326,20 @@ def test_two_merges_into_one_output(base: Path, heads: Path, tmp_path: Path) -> 
     merge(base, heads, tmp_path / "m")
 
 
+@pytest.mark.parametrize("more", [[], ["--copy"], ["--merge", "autodeco"]])
+def test_a_dry_run_checks_and_writes_nothing(
+    base: Path, heads: Path, tmp_path: Path, more: list[str]
+) -> None:
+    line = ["merge", "--model", str(base), "--heads-dir", str(heads), "--output"]
+    planned = CliRunner().invoke(cli, [*line, str(tmp_path / "m"), *more, "--dry-run"])
+    size = sum(p.stat().st_size for p in base.glob("*.safetensors"))
+    assert planned.exit_code == 0 and f"{size if more else 0:,} bytes written" in planned.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "heads"]
+    (heads / "model.safetensors").write_bytes(b"")
+    refused = CliRunner().invoke(cli, [*line, str(tmp_path / "m"), *more, "--dry-run"])
+    assert isinstance(refused.exception, WeightsError)
+
+
 def test_a_half_done_split_goes_on(base: Path, heads: Path, tmp_path: Path) -> None:
     path = merge(base, heads, tmp_path / "m", layout="autodeco").path
     split(path, tmp_path / "h", base=tmp_path / "b")

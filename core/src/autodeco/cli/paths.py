@@ -107,7 +107,12 @@ def export(
 
 
 def merge(
-    options: Mapping[str, Any], as_json: bool, *, output: Path | None, heads_dir: Path | None
+    options: Mapping[str, Any],
+    as_json: bool,
+    *,
+    output: Path | None,
+    heads_dir: Path | None,
+    dry_run: bool = False,
 ) -> None:
     """Joins a base checkpoint and heads in one directory."""
     values = _values(options, "model", "merge", "copy")
@@ -119,7 +124,13 @@ def merge(
 
     from autodeco.convert.workers import BytesProgress
     from autodeco.heads.merge import merge as merge_files
+    from autodeco.heads.merge import plan_merge
 
+    if dry_run:
+        report = plan_merge(base, heads, output, layout=values["merge"], copy=values["copy"])
+        planned = f"planned, {report.describe()}"
+        _say(as_json, f"{output}: {planned}", output=output, made=planned)
+        return
     report = merge_files(
         base,
         heads,

@@ -46,7 +46,7 @@ _PATH_OPTIONS = {
     "merge": {"heads_dir": "The heads (directory or file) to merge into --model."},
     "evaluate": {"heads_dir": "The heads, when --model is a base checkpoint."},
 }
-_PLANNED_ON_PATHS = ("import",)  # from the headers alone
+_PLANNED_ON_PATHS = ("import", "merge")  # from the headers alone
 _CHOICES = {
     "format": click.Choice(["hf", "torch_dist"]),
     "target": click.Choice(["hf-peft", "hf"]),

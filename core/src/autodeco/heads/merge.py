@@ -111,9 +111,63 @@ def merge(
         EnvironmentProblem: the output cannot be written, or the weights be neither linked nor
             reflinked there and `copy` is False.
     """
+    base, heads, output = Path(base), Path(heads), Path(output)
+    ready = _check(base, heads, output, layout, copy)
+    tally = Tally()
+    with alone_at(output), atomic_directory(output) as temporary:
+        directory = _heads_directory(ready.heads, base, temporary / _SCRATCH)
+        where = (base, directory, ready.config, temporary, tally)
+        if layout == "native":
+            _write_native(*where, copy=ready.copy, progress=progress)
+        else:
+            _write_autodeco(*where, ready.tensors, progress)
+        if directory.parent == temporary:  # it was made for this merge
+            remove(directory)
+    return MergeReport(
+        layout,
+        tally.hardlink,
+        tally.reflink,
+        tally.copy,
+        tally.written,
+        output,
+        tuple(tally.left_out),
+    )
+
+
+def plan_merge(
+    base: Path, heads: Path, output: Path, *, layout: str = "native", copy: bool | None = False
+) -> MergeReport:
+    """Checks all that `merge` checks, and says what it would do; nothing is written.
+
+    Args, Raises: as of `merge`.
+
+    Returns:
+        What the weight files would be: linked, or written in so many bytes.
+    """
+    base, heads, output = Path(base), Path(heads), Path(output)
+    ready = _check(base, heads, output, layout, copy)
+    files = {info.file for info in ready.tensors.values()}
+    if layout == "native":
+        files = {base / name for name in weight_files(base)}
+    if layout == "native" and not ready.copy:
+        return MergeReport(layout, len(files), 0, 0, 0, output)
+    size = sum(file.stat().st_size for file in files)
+    return MergeReport(layout, 0, 0, len(files), size, output)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a merge is made of, checked."""
+
+    config: Mapping[str, Any]
+    heads: LoadedHeads
+    tensors: Mapping[str, TensorInfo]
+    copy: bool
+
+
+def _check(base: Path, heads: Path, output: Path, layout: str, copy: bool | None) -> _Ready:
     if layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r}", fix=f"use one of {', '.join(LAYOUTS)}")
-    base, heads, output = Path(base), Path(heads), Path(output)
     check_places(base, output)
     config = _base_config(base)
     loaded = load_heads(heads, hidden_size=base_identity(base)["hidden_size"])
@@ -129,24 +183,7 @@ def merge(
     if copy is None:
         copy = not can_be_shared(base, output)
     require_ways(base, output, layout, copy=copy)
-    tally = Tally()
-    with alone_at(output), atomic_directory(output) as temporary:
-        directory = _heads_directory(loaded, base, temporary / _SCRATCH)
-        if layout == "native":
-            _write_native(base, directory, config, temporary, tally, copy=copy, progress=progress)
-        else:
-            _write_autodeco(base, directory, config, temporary, tally, tensors, progress)
-        if directory.parent == temporary:  # it was made for this merge
-            remove(directory)
-    return MergeReport(
-        layout,
-        tally.hardlink,
-        tally.reflink,
-        tally.copy,
-        tally.written,
-        output,
-        tuple(tally.left_out),
-    )
+    return _Ready(config, loaded, tensors, copy)
 
 
 def _base_config(base: Path) -> dict[str, Any]:
