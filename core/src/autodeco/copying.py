@@ -184,7 +184,9 @@ def _copy_range(
         done = 0
         if in_kernel:
             try:
-                done = os.copy_file_range(source, target, min(size, _PIECE), first, position)
+                # pieces end where blocks do: filesystems with reflinks share whole blocks
+                count = min(size, _PIECE - first % _PIECE)
+                done = os.copy_file_range(source, target, count, first, position)
             except OSError as error:
                 if error.errno not in _NO_RANGES:
                     raise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -219,6 +221,18 @@ def read_index(directory: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from looking through a hundred thousand new entries in vain."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
     """Reads every header of a checkpoint, single-file or sharded.
 
@@ -232,7 +246,12 @@ def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
         if not (directory / SINGLE).exists():
             raise _no_safetensors(directory)
         return read_header(directory / SINGLE)
-    weight_map = read_index(directory)["weight_map"]
+    with _no_collection():
+        return _read_shards(directory)
+
+
+def _read_shards(directory: Path) -> dict[str, TensorInfo]:
+    index, weight_map = directory / INDEX, read_index(directory)["weight_map"]
     infos: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         for name, info in read_whole_header(directory / shard).tensors.items():

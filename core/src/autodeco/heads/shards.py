@@ -22,6 +22,7 @@ from autodeco.safetensors_header import Header, parse_header, read_header, read_
 
 Rename = Callable[[str], str | None]
 _ALIGN = 8
+_BLOCK = 4096  # data that begins at the same place of a block can be shared, where a filesystem can
 _METADATA = "__metadata__"
 # Of a renamed shard: its header before, where giving the names back would not give its bytes back.
 _HEADER_BEFORE = "autodeco.header_before"
@@ -100,7 +101,8 @@ def rename_shard(source: Path, target: Path, rename: Rename, back: Rename) -> Re
         packed = base64.b64encode(zlib.compress(old.raw)).decode()
         # the old one has no room of its own: it stands among what is free to anyone
         content = {_METADATA: {**content.pop(_METADATA, {}), _HEADER_BEFORE: packed}, **content}
-    return RenamedShard(source, target, _packed(content), ranges)
+    room = (old.start - len(_packed(content))) % _BLOCK
+    return RenamedShard(source, target, _packed(content, room - room % _ALIGN), ranges)
 
 
 def restore_shard(source: Path, target: Path, back: Rename) -> RenamedShard:
@@ -190,8 +192,8 @@ def _json(content: dict[str, Any]) -> bytes:
     return text + b" " * (-len(text) % _ALIGN)
 
 
-def _packed(content: dict[str, Any]) -> bytes:
-    text = _json(content)
+def _packed(content: dict[str, Any], room: int = 0) -> bytes:
+    text = _json(content) + b" " * room
     return struct.pack("<Q", len(text)) + text
 
 
