@@ -159,7 +159,7 @@ def test_a_copy_is_whole_whatever_the_kernel_can(
     told: list[int] = []
     assert copying.copy_file(tmp_path / "a", tmp_path / "b", told.append) == len(data)
     assert (tmp_path / "b").read_bytes() == data and sum(told) == len(data)
-    assert way == "in the kernel" or len(calls) == {"by us": 1, "in short pieces": 4}[way]
+    assert len(calls) >= {"in the kernel": 0, "by us": 1, "in short pieces": 4}[way]
 
 
 def test_a_source_that_shrinks_is_noticed(tmp_path: Path) -> None:
@@ -351,3 +351,14 @@ def test_a_half_done_split_goes_on(base: Path, heads: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="exists already"):
         split(path, tmp_path / "h", base=tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_merged_data_begins_at_the_same_place_of_a_block(
+    base: Path, heads: Path, tmp_path: Path
+) -> None:
+    """Filesystems with reflinks then share the blocks of the renamed shards as well."""
+    path = merge(base, heads, tmp_path / "m", layout="autodeco").path
+    shards = sorted(base.glob("*.safetensors"))
+    for shard, merged in zip(shards, sorted(path.glob("model-*.safetensors")), strict=True):
+        starts = read_whole_header(shard).start, read_whole_header(merged).start
+        assert starts[0] % 4096 == starts[1] % 4096

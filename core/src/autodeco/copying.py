@@ -21,6 +21,7 @@ _NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 Advance = Callable[[int], None]
 _PIECE = 32 << 20  # a piece is what a stop waits for
 _BUFFER = 4 << 20
+_BLOCK = 4096
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of a file
 # Of copy_file_range: the kernel or one of the two filesystems has no such call.
 _NO_RANGES = (
@@ -184,8 +185,8 @@ def _copy_range(
         done = 0
         if in_kernel:
             try:
-                # pieces end where blocks do: filesystems with reflinks share whole blocks
-                count = min(size, _PIECE - first % _PIECE)
+                # filesystems with reflinks share whole blocks: all but what is before the first
+                count = min(size, -first % _BLOCK or _PIECE)
                 done = os.copy_file_range(source, target, count, first, position)
             except OSError as error:
                 if error.errno not in _NO_RANGES:
