@@ -23,7 +23,7 @@ from fuzz_targets import targets
 
 TARGETS = {target.name: target for target in targets()}
 # Merging, splitting and stored checkpoints: `tools/fuzz.py` runs them.
-ELSEWHERE = {"merged-native", "merged-autodeco", "base", "imported"}
+ELSEWHERE = {"merged-native", "merged-autodeco", "base"}
 QUICK = [name for name, t in TARGETS.items() if not t.slow and name not in ELSEWHERE]
 SEEDS = st.integers(0, 2**48)
 BOUNDED = settings(max_examples=30, deadline=None, database=None, derandomize=True)

@@ -42,8 +42,19 @@ def convert(source: Path, output: Path) -> None:
     weights = open_source(found.family, Job(model=source, preset=found.preset.name))
     architecture = found.family.architecture(found.preset.architecture)
     importing.import_checkpoint(
-        weights, architecture, output, part_bytes=400_000, console=Console(quiet=True)
+        weights, architecture, output, part_bytes=1_200_000, console=Console(quiet=True)
     )
+
+
+def load(what: str) -> None:
+    """Imports what a conversion needs, once for all forked processes."""
+    import autodeco.convert.casting
+
+    if what == "import":
+        import autodeco.engines.megatron.importing
+        import autodeco.registry
+
+        autodeco.registry.Registry().rows()
 
 
 def forked(act: Callable[[], Any], report: Path) -> int:
@@ -89,6 +100,7 @@ def broken(act: Callable[[], Any], root: Path, index: int | None, mode: str, whe
 def main(what: str, source: Path, root: Path) -> dict[str, Any]:
     conversion = {"cast": cast, "import": convert}[what]
     torch.set_num_threads(1)
+    load(what)
     report, clean = root / "report.json", root / "clean"
     before = tree(source)
 

@@ -42,7 +42,7 @@ def cast(
 
     No command of autodeco needs it: each decodes as it reads.
 
-    Example: autodeco cast --input DeepSeek-V3.1 --output DeepSeek-V3.1-bf16
+    Example: autodeco cast --input MODEL --output MODEL-bf16
     """
     from rich.console import Console
 
@@ -96,7 +96,7 @@ def verify(
 ) -> None:
     """Compare a converted checkpoint with its source, tensor by tensor, byte by byte.
 
-    Example: autodeco verify --input DeepSeek-V3.1-bf16 --model DeepSeek-V3.1
+    Example: autodeco verify --input MODEL-bf16 --model MODEL
     """
     from rich.console import Console
 

@@ -27,6 +27,7 @@ from autodeco.files import (
     make_directory,
     publish,
     read_json,
+    read_object,
     remove,
     remove_partial,
 )
@@ -92,7 +93,7 @@ def cast_checkpoint(
 
 def _there(output: Path, digest: str) -> bool:
     manifest = output / MANIFEST
-    return manifest.is_file() and read_json(manifest).get("source") == digest
+    return manifest.is_file() and read_object(manifest).get("source") == digest
 
 
 class _Cast:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from autodeco.errors import WeightsError
-from autodeco.files import read_json
+from autodeco.files import read_object
+from autodeco.foreign import is_plain_name
 
 MANIFEST = "import.json"
 WEIGHTS = "weights"
@@ -117,15 +118,64 @@ class Part:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Part:
-        """Reads what `to_json` wrote."""
-        pieces = tuple(WrittenPiece(**{**p, "piece": _piece(p["piece"])}) for p in value["pieces"])
-        blob = tuple(value["blob"]) if value["blob"] else None
-        return cls(value["file"], WrittenFile(**value["content"]), pieces, blob)
+        """Reads what `to_json` wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: It did not write this.
+        """
+        pieces = tuple(_written(p) for p in value["pieces"])
+        blob = _wholes(value["blob"]) if value["blob"] else None
+        if blob is not None and len(blob) != 2:
+            raise ValueError("a blob has a place and a length")
+        return cls(_name(value["file"]), _file(value["content"]), pieces, blob)
 
 
-def _piece(value: Mapping[str, Any]) -> Piece:
-    plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-    return Piece(**plain)
+def _written(value: Mapping[str, Any]) -> WrittenPiece:
+    piece = value["piece"]
+    return WrittenPiece(
+        Piece(
+            _text(piece["target"]),
+            _whole(piece["first_row"]),
+            _wholes(piece["shape"]),
+            _text(piece["key"]),
+            tuple(map(_text, piece["aliases"])),
+            _wholes(piece["global_shape"]),
+            _wholes(piece["offset"]),
+        ),
+        _text(value["dtype"]),
+        _name(value["file"]),
+        _whole(value["at"]),
+        _whole(value["length"]),
+        _whole(value["start"]),
+        _whole(value["size"]),
+        _text(value["sha256"]),
+    )
+
+
+def _file(value: Mapping[str, Any]) -> WrittenFile:
+    return WrittenFile(_whole(value["size"]), _whole(value["crc32"]))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _name(value: object) -> str:
+    if not is_plain_name(value):
+        raise ValueError(f"{value!r} leads outside the directory, and is no name of a file")
+    return str(value)
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _wholes(value: Sequence[object]) -> tuple[int, ...]:
+    return tuple(map(_whole, value))
 
 
 @dataclass(frozen=True)
@@ -172,32 +222,25 @@ def read_manifest(directory: Path) -> Manifest:
             where=str(directory),
             fix="make one with autodeco import --format torch_dist --output DIR",
         )
-    value = read_json(path)
+    value = read_object(path)
     try:
         if (value["format"], value["version"]) != ("torch_dist", VERSION):
             raise ValueError(f"format {value['format']}, version {value['version']}")
         manifest = Manifest(
-            str(value["source"]),
+            _text(value["source"]),
             tuple(Part.from_json(part) for part in value["parts"]),
-            {name: WrittenFile(**file) for name, file in value["files"].items()},
+            {_name(name): _file(file) for name, file in value["files"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(
             f"the manifest cannot be used: {error}", where=str(path), fix=_AGAIN
         ) from error
     for name, content in manifest.contents().items():
-        _check_size(directory, name, content)
+        _check_size(directory / WEIGHTS / name, content)
     return manifest
 
 
-def _check_size(directory: Path, name: str, content: WrittenFile) -> None:
-    path = directory / WEIGHTS / name
-    if Path(name).name != name:
-        raise WeightsError(
-            f"the manifest points to {name!r}, outside the directory",
-            where=str(directory / MANIFEST),
-            fix="do not use this checkpoint: its manifest is forged or damaged",
-        )
+def _check_size(path: Path, content: WrittenFile) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != content.size:
         found = "is missing" if size is None else f"has {size} bytes, written were {content.size}"

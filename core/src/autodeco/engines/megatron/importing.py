@@ -47,6 +47,7 @@ from autodeco.files import (
     make_directory,
     publish,
     read_json,
+    read_object,
     remove,
     remove_partial,
 )
@@ -334,7 +335,10 @@ class _Import:
     def _is_whole(self, number: int) -> bool:
         if not self._record(number).exists():
             return False
-        part = Part.from_json(read_json(self._record(number)))
+        try:
+            part = Part.from_json(read_object(self._record(number)))
+        except (WeightsError, KeyError, TypeError, ValueError):  # it is written again
+            return False
         path = self.building / WEIGHTS / part.file
         return path.is_file() and file_crc32(path) == part.content.crc32
 
