@@ -4,18 +4,19 @@ It runs in NeMo's environment (requirements/nemo.txt), on one process without a 
 
     python tools/record_nemo_keys.py --spec te --checkpoints DIR --output tests/nemo/keys
 
-where DIR holds the checkpoints that tests/nemo/cases.py writes. With ``--spec te``, NeMo's importer
-converts each of them and NeMo's own save writes it; what is recorded is read back from the files:
-key, shape, dtype, and the sha256 of every tensor's bytes. With ``--spec local`` (without Transformer
-Engine, which NeMo's importers cannot do without) NeMo builds and saves the same model with the
-weights that it draws, and no sha256 is recorded.
+where DIR holds the checkpoints that tests/nemo/cases.py writes. With ``--spec te``, NeMo's
+importer converts each of them and NeMo's own save writes it; what is recorded is read back from the
+files: key, shape, dtype, and the sha256 of every tensor's bytes. With ``--spec local`` (without
+Transformer Engine, which NeMo's importers cannot do without) NeMo builds and saves the same model
+with the weights that it draws, and no sha256 is recorded.
 
 Without a GPU this much is replaced; each file of the record lists it:
 
-- torch.cuda answers questions about the device (`_CUDA`), and fusions that need one are switched off
-  in the configuration (`_OFF`), which changes no key;
-- ``--spec te`` takes Transformer Engine's Python modules as they are, and a stand-in for its compiled
-  part, ``transformer_engine_torch``, of which nothing is asked before a forward pass.
+- torch.cuda answers questions about the device (`_CUDA`, `_CALLS`), and fusions that need one are
+  switched off in the configuration (`_OFF`), which changes no key;
+- ``--spec te`` takes Transformer Engine's Python modules as they are, from where ``pip install
+  --no-deps --target DIR transformer-engine`` put them, and a stand-in for its compiled part,
+  ``transformer_engine_torch``, of which only cuDNN's version is asked before a forward pass.
 """
 
 from __future__ import annotations

@@ -175,6 +175,8 @@ class Architecture:
         stored: A regular expression that matches whole names of tensors -> the storage format that
             published checkpoints keep them in, or a dtype (F32) where it is not the model's.
         no_megatron: Why the megatron engine cannot run it; "": it can.
+        nemo: NeMo 2's importer of it, ``module:Class``, which writes the context of a NeMo 2
+            checkpoint; "": none is known.
     """
 
     name: str
@@ -187,6 +189,7 @@ class Architecture:
     qk_norm: Literal["none", "head", "all_heads"] = "none"
     stored: Mapping[str, str] = field(default_factory=dict)
     no_megatron: str = ""
+    nemo: str = ""
 
     def keys(self) -> dict[str, str]:
         """Returns `ModelShape` field -> key of ``config.json``."""

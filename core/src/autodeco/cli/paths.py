@@ -14,7 +14,7 @@ from autodeco.job import Job
 from autodeco.job_values import coerce_values
 
 if TYPE_CHECKING:
-    from autodeco.family import FamilySpec
+    from autodeco.family import Architecture, FamilySpec
 
 
 def import_weights(
@@ -23,6 +23,7 @@ def import_weights(
     *,
     output: Path | None,
     format: str | None,
+    nemo_python: Path | None = None,
     dry_run: bool = False,
 ) -> None:
     """Writes a checkpoint in another format; one that is there is verified."""
@@ -52,6 +53,11 @@ def import_weights(
         import_format="torch_dist",
         import_dir=output,
     )
+    architecture = found.family.architecture(found.preset.architecture)
+    if nemo_python is not None:
+        from autodeco.convert.nemo_context import check_python
+
+        check_python(nemo_python, architecture)
     if dry_run:
         _say_planned(found.family, job, output, as_json)
         return
@@ -64,7 +70,21 @@ def import_weights(
             verify_checkpoint(output)
     if rank() == 0:
         done = "was there, and is intact" if existed else f"written from {model}"
+        if nemo_python is not None:
+            done += "; " + _write_context(nemo_python, job, architecture, found.family)
         _say(as_json, f"{output}: {done}", output=output, model=model, done=done)
+
+
+def _write_context(python: Path, job: Job, architecture: Architecture, family: FamilySpec) -> str:
+    from autodeco.convert.nemo_context import CONTEXT, write_context
+    from autodeco.convert.source import open_source
+
+    assert job.model is not None and job.import_dir is not None
+    if (job.import_dir / CONTEXT).exists():
+        return f"{CONTEXT}/ was there"
+    shape = open_source(family, job).shape
+    made = write_context(python, Path(job.model), architecture, shape, job.import_dir)
+    return f"{CONTEXT}/ written by nemo_toolkit {made['versions']['nemo_toolkit']}"
 
 
 def _say_planned(family: FamilySpec, job: Job, output: Path, as_json: bool) -> None:

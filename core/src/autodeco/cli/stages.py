@@ -38,7 +38,10 @@ _ON_PATHS: dict[str, Callable[..., Any]] = {
     "evaluate": paths.evaluate,
 }
 _PATH_OPTIONS = {
-    "import": {"format": "What to write; torch_dist: a megatron-core checkpoint."},
+    "import": {
+        "format": "What to write; torch_dist: a megatron-core checkpoint.",
+        "nemo_python": "NeMo's Python, which adds context/: a NeMo 2 checkpoint (docs/nemo.md).",
+    },
     "export": {
         "input": "A run, its checkpoints, or one of them; a NeMo 2 checkpoint; an import.",
         "target": "What to write: the heads (hf-peft, the default) or the whole backbone (hf).",

@@ -80,6 +80,7 @@ DEEPSEEK_V3 = Architecture(
         r"model\.layers\.\d+\.mlp\.(.+\.)?(gate|up|down)_proj\.weight": "fp8_blocks",
         r".*\.e_score_correction_bias": "F32",
     },
+    nemo="nemo.collections.llm.gpt.model.deepseek:HFDeepSeekImporter",
 )
 
 

@@ -60,6 +60,7 @@ GPT_OSS = Architecture(
         "window_attn_skip_freq": FromConfig("layer_types", 2, equals="sliding_attention"),
     },
     stored={r"model\.layers\.\d+\.mlp\.experts\.(gate_up|down)_proj": "mxfp4"},
+    nemo="nemo.collections.llm.gpt.model.gpt_oss:HFGPTOSSImporter",
 )
 _VOCABULARY = 201088
 

@@ -23,6 +23,7 @@ LLAMA = Architecture(
         },
     },
     required={"attention_bias": False, "hidden_act": "silu", "mlp_bias": False},
+    nemo="nemo.collections.llm.gpt.model.llama:HFLlamaImporter",
 )
 _EIGHT_B = ModelShape(32, 4096, 32, 8, 128, 14336, 128256)
 _PUBLISHED = ParallelLayout(tensor=2, context=2, gpus=32)

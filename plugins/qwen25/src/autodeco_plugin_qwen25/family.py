@@ -16,6 +16,7 @@ QWEN2 = Architecture(
     },
     required={"hidden_act": "silu", "use_sliding_window": False},
     megatron={"add_qkv_bias": True},
+    nemo="nemo.collections.llm.gpt.model.qwen2:HFQwen2Importer",
 )
 _DISTILLED = "deepseek-ai/DeepSeek-R1-Distill-Qwen-"
 

@@ -17,6 +17,7 @@ DENSE = Architecture(
     },
     required={"attention_bias": False, "hidden_act": "silu", "use_sliding_window": False},
     qk_norm="head",
+    nemo="nemo.collections.llm.gpt.model.qwen3:HFQwen3Importer",
 )
 MOE = Architecture(
     name="Qwen3MoeForCausalLM",
@@ -40,6 +41,7 @@ MOE = Architecture(
         "norm_topk_prob": True,
     },
     qk_norm="head",
+    nemo="nemo.collections.llm.gpt.model.qwen3:HFQwen3Importer",
 )
 
 _VOCABULARY = 151936
