@@ -149,8 +149,10 @@ def test_a_cast_that_was_cut_off_goes_on(
             with pytest.raises(KeyboardInterrupt):
                 cast_checkpoint(path, tmp_path / "out", workers=1)
             assert not (tmp_path / "out").exists()
-    written = {p: p.stat().st_ino for p in (tmp_path / ".out.casting").glob("*.safetensors")}
-    assert not list(tmp_path.glob(".out.casting/.*"))
+    written = {
+        p: p.stat().st_ino for p in (tmp_path / ".out.cast" / "result").glob("*.safetensors")
+    }
+    assert not list(tmp_path.glob(".out.cast/result/.*"))
     cast_checkpoint(path, tmp_path / "out")
     assert all((tmp_path / "out" / p.name).stat().st_ino == n for p, n in written.items())
     for file in (tmp_path / "whole").iterdir():
@@ -159,10 +161,10 @@ def test_a_cast_that_was_cut_off_goes_on(
 
 def test_what_a_killed_cast_of_another_source_left_is_not_used(tmp_path: Path) -> None:
     path = source(tmp_path / "source")
-    building = tmp_path / ".out.casting"
+    building = tmp_path / ".out.cast" / "result"
     cast_checkpoint(path, tmp_path / "one")
     shutil.copytree(tmp_path / "one", building)
-    (building / "plan.json").write_text('{"source": "of another"}')
+    (building.parent / "plan.json").write_text('{"source": "of another"}')
     shard = building / "model-00001-of-00003.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
     cast_checkpoint(path, tmp_path / "out")

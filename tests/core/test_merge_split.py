@@ -15,7 +15,6 @@ from tiny import save_tiny, save_tiny_heads, tiny_heads, tiny_model
 from transformers import AutoModelForCausalLM
 
 from autodeco.errors import AutodecoError, EnvironmentProblem, UsageError, WeightsError
-from autodeco.heads import places
 from autodeco.heads.files import load_heads
 from autodeco.heads.merge import merge, split
 
@@ -228,7 +227,7 @@ def test_merged_base_is_refused(base: Path, heads: Path, tmp_path: Path, layout:
 def test_missing_and_truncated_shard(base: Path, heads: Path, tmp_path: Path, layout: str) -> None:
     shard = sorted(base.glob("*.safetensors"))[-1]
     shard.write_bytes(shard.read_bytes()[:-7])
-    with pytest.raises(WeightsError, match="safetensors header|its header says"):
+    with pytest.raises(WeightsError, match=r"safetensors header|its header says"):
         merge(base, heads, tmp_path / "m", layout=layout)
     shard.unlink()
     with pytest.raises(WeightsError, match=r"missing|is there"):

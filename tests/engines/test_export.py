@@ -238,7 +238,7 @@ def test_a_killed_export_goes_on_where_it_stopped(root: Path, tmp_path: Path) ->
     command = [sys.executable, "-c", program, str(Path(__file__).parent), str(root), str(output)]
     killed = subprocess.run(command, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    building = tmp_path / ".out.exporting"
+    building = tmp_path / ".out.export" / "result"
     assert not output.exists()
     first = sorted(building.glob("model-*"))
     assert [p.name[:11] for p in first] == ["model-00001", "model-00002"]
@@ -254,11 +254,11 @@ def test_a_killed_export_goes_on_where_it_stopped(root: Path, tmp_path: Path) ->
 
 def test_another_plan_begins_again(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
     output = tmp_path / "out"
-    plain = exporting.publish
-    monkeypatch.setattr(exporting, "publish", _full_disk)
+    plain = working_directory.publish
+    monkeypatch.setattr(working_directory, "publish", _full_disk)
     with pytest.raises(EnvironmentProblem):
         export(root, output)
-    monkeypatch.setattr(exporting, "publish", plain)
+    monkeypatch.setattr(working_directory, "publish", plain)
     assert export(root, output, limit=2 * LIMIT) is True
     assert_same("qwen3", root / "qwen3-debug", output)
 
@@ -281,7 +281,8 @@ def test_a_full_disk_leaves_whole_files_alone(
         patch.setattr(ShardWriter, "write", write)
         with pytest.raises(EnvironmentProblem):
             export(root, tmp_path / "out")
-    assert [p.name[:11] for p in (tmp_path / ".out.exporting").glob("*model-*")] == ["model-00001"]
+    written = (tmp_path / ".out.export" / "result").glob("*model-*")
+    assert [p.name[:11] for p in written] == ["model-00001"]
     assert export(root, tmp_path / "out") is True
     assert_same("qwen3", root / "qwen3-debug", tmp_path / "out")
 

@@ -155,11 +155,11 @@ def test_a_killed_import_goes_on_where_it_stopped(root: Path) -> None:
     options |= {"model": root / "debug", "output": output}
     run(root, "write", code=-9, kill_at_part=4 + default_workers(), **options)
     assert not output.exists()
-    building = root / ".killed.importing"
+    building = root / ".killed.import"
     done = sorted(int(p.stem) for p in (building / "parts").glob("*.json"))
     assert len(done) > 1
-    stamps = {n: (building / "weights" / f"__{n}_0.distcp").stat() for n in done}
-    torn = building / "weights" / f"__{done[0]}_0.distcp"
+    stamps = {n: (building / "result" / "weights" / f"__{n}_0.distcp").stat() for n in done}
+    torn = building / "result" / "weights" / f"__{done[0]}_0.distcp"
     torn.write_bytes(torn.read_bytes()[:-1])  # as if the disk had lost it
     run(root, "write", 2, **options)
     assert read_manifest(output).parts == read_manifest(root / "debug-imported").parts

@@ -24,6 +24,8 @@ from autodeco.convert.torch_dist_reader import TorchDistReader
 from autodeco.errors import WeightsError
 from autodeco.weights import BoundWeightMap
 
+#: A stored tensor's key, and the block of it.
+Place = tuple[str, Region]
 _PREFIX = "module."
 _STACKED, _LAYER = "decoder.layers.", re.compile(r"decoder\.layers\.(\d+)\.")
 _BY_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -126,17 +128,20 @@ class KeyedBackbone:
         self._reader = TorchDistReader(weights)
         metadata = self._reader.metadata
         rows: dict[str, list[Piece]] = {}
-        self._places: dict[str, list[tuple[Piece, str, Region]]] = {}
+        self._places: dict[str, list[tuple[Piece, list[Place]]]] = {}
         for piece in sorted(pieces, key=lambda p: (p.target, p.first_row)):
-            key, region = _find(piece, metadata, bound)
             rows.setdefault(piece.target, []).append(piece)
-            self._places.setdefault(piece.target, []).append((piece, key, region))
+            first, *others = _find(piece, metadata, bound)
+            chunks = self._reader.info(first[0]).chunks  # an import has a record under two names
+            twins = [place for place in others if self._reader.info(place[0]).chunks != chunks]
+            self._places.setdefault(piece.target, []).append((piece, [first, *twins]))
         _check_targets(bound, rows, weights)
-        used = {key for places in self._places.values() for _, key, _ in places}
-        named = used | {alias for p in pieces for form in _forms(p, bound) for alias in form[0]}
+        named = {key for p in pieces for keys, _, _ in _forms(p, bound) for key in keys}
         self.left_out: Mapping[str, str] = _left_over(metadata, named, weights)
         kinds = (
-            (t, self._reader.info(k).dtype) for t, ps in self._places.items() for _, k, _ in ps
+            (target, self._reader.info(key).dtype)
+            for target, places in self._places.items()
+            for _, ((key, _), *_) in places
         )
         self._dtypes = _one_dtype(kinds, weights)
 
@@ -154,16 +159,32 @@ class KeyedBackbone:
         """Returns a whole target.
 
         Raises:
-            WeightsError: A record is cut short, damaged, or not what the metadata says.
+            WeightsError: A record is cut short, damaged, or not what the metadata says; or the
+                target is stored under two names, differently.
         """
-        parts = [self._reader.read(k, r).view(p.shape) for p, k, r in self._places[target]]
+        parts = []
+        for piece, ((key, region), *twins) in self._places[target]:
+            tensor = self._reader.read(key, region)
+            for other, block in twins:
+                self._check_equal(tensor, key, other, block)
+            parts.append(tensor.view(piece.shape))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _check_equal(self, tensor: Tensor, key: str, other: str, block: Region) -> None:
+        second = self._reader.read(other, block).view(tensor.shape)
+        if second.dtype != tensor.dtype or not torch.equal(*(_bits(t) for t in (tensor, second))):
+            raise WeightsError(
+                f"{other!r} is stored beside {key!r} and differs from it",
+                where=str(self._weights),
+                fix="they are one tensor in this model: set tie_word_embeddings to false in "
+                "--model's config.json if the model has an output layer of its own",
+            )
 
     def digest(self) -> str:
         """Returns what changes when the checkpoint does."""
         digest = hashlib.sha256((self._weights / METADATA).read_bytes())
-        files = {c.file for t in self._places.values() for _, k, _ in t
-                 for c in self._reader.info(k).chunks}  # fmt: skip
+        keys = {k for places in self._places.values() for _, mine in places for k, _ in mine}
+        files = {chunk.file for key in keys for chunk in self._reader.info(key).chunks}
         for name in sorted(files):
             path = self._weights / name
             state = path.stat() if path.exists() else None
@@ -195,16 +216,25 @@ def _both(keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for key in keys for name in (key, key.removeprefix(_PREFIX)))
 
 
-def _find(piece: Piece, metadata: TorchDistMetadata, bound: BoundWeightMap) -> tuple[str, Region]:
-    """Returns a piece's key and block."""
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _find(piece: Piece, metadata: TorchDistMetadata, bound: BoundWeightMap) -> list[Place]:
+    """Returns a piece's key and block; several where it is stored under several names."""
+    found: list[Place] = []
     others: list[str] = []
     for keys, shape, offset in _forms(piece, bound):
         sizes = (1,) * (len(shape) - len(piece.shape)) + piece.shape
         for key in (k for k in keys if k in metadata):
             stored = metadata.shape(key)
             if _fits(piece.target, stored, shape):
-                return key, tuple((o, o + n) for o, n in zip(offset, sizes, strict=True))
+                region = tuple((o, o + n) for o, n in zip(offset, sizes, strict=True))
+                found.append((key, region))
+                continue
             others.append(f"{key!r} has the shape {stored}, expected {shape}")
+    if found and not others:
+        return found
     raise WeightsError(
         others[0] if others else f"there is no {piece.key!r}",
         where=str(metadata.path),

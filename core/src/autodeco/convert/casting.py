@@ -16,29 +16,20 @@ from rich.console import Console
 
 from autodeco.convert.cast_plan import CHUNK_BYTES, CONFIG, CastPlan, CastShard, chunks, plan_cast
 from autodeco.convert.direct_reader import DirectReader
-from autodeco.convert.shard_writer import ShardWriter
+from autodeco.convert.shard_writer import ShardWriter, is_whole
 from autodeco.convert.shards import StoredTensor
 from autodeco.convert.small_files import copy_files
 from autodeco.convert.source import checkpoint_digest
 from autodeco.convert.workers import BytesProgress, Task, default_workers, run_tasks
+from autodeco.convert.working_directory import WorkingDirectory, was_made
 from autodeco.disk_space import require_space
-from autodeco.files import (
-    atomic_write_json,
-    make_directory,
-    publish,
-    read_json,
-    read_object,
-    remove,
-    remove_partial,
-)
+from autodeco.files import atomic_write_json
 from autodeco.heads.places import check_places
-from autodeco.lock import forget_output_lock, output_lock
 from autodeco.safetensors_header import INDEX, SINGLE
 from autodeco.storage import StorageFormat
 
 #: What marks a directory as a cast, and says of what.
 MANIFEST = "cast.json"
-_PLAN = "plan.json"
 
 
 def cast_checkpoint(
@@ -76,38 +67,40 @@ def cast_checkpoint(
     """
     plan = plan_cast(source, formats, who=who)
     digest = checkpoint_digest(source)
-    if _there(output, digest):
-        forget_output_lock(output)
+    place, manifest = WorkingDirectory(output, "cast"), output / MANIFEST
+    if was_made(manifest, digest):
+        place.clear()
         return plan
     check_places(source, output)
-    make_directory(output.parent)
-    lock = output_lock(output, "the cast")
+    lock = place.lock()
     try:
-        if not _there(output, digest):  # another process made it while this one came for the lock
-            cast = _Cast(plan, output, digest, console or Console(stderr=True))
+        if not was_made(manifest, digest):  # by another process, until this one had the lock
+            cast = _Cast(plan, place, digest, console or Console(stderr=True))
             cast.run(DirectReader(source, formats, device=device), workers or default_workers())
     finally:
         lock.remove()
     return plan
 
 
-def _there(output: Path, digest: str) -> bool:
-    manifest = output / MANIFEST
-    return manifest.is_file() and read_object(manifest).get("source") == digest
-
-
 class _Cast:
     """One call of `cast_checkpoint`."""
 
-    def __init__(self, plan: CastPlan, output: Path, digest: str, console: Console) -> None:
-        self.plan, self.output, self.digest, self.console = plan, output, digest, console
-        self.building = output.with_name(f".{output.name}.casting")
+    def __init__(
+        self, plan: CastPlan, place: WorkingDirectory, digest: str, console: Console
+    ) -> None:
+        self.plan, self.place, self.digest, self.console = plan, place, digest, console
 
     def run(self, reader: DirectReader, workers: int) -> None:
-        self._begin()
-        left = [shard for shard in self.plan.shards if not self._is_whole(shard)]
+        shards, result = self.plan.shards, self.place.result
+        self.place.begin(
+            {
+                "source": checkpoint_digest(self.plan.source, times=True),
+                "shards": {shard.file: shard.plan.size for shard in shards},
+            }
+        )
+        left = [shard for shard in shards if not is_whole(result / shard.file, shard.plan)]
         size = sum(shard.plan.size for shard in left)
-        require_space(self.building, size, "the cast checkpoint")
+        require_space(result, size, "the cast checkpoint")
         done = self.plan.size - size
         open_files: list[_OpenShard] = []
         with reader, BytesProgress(self.console, "cast", self.plan.size, done) as progress:
@@ -119,47 +112,26 @@ class _Cast:
                 raise
         self._finish()
 
-    def _begin(self) -> None:
-        """Makes the working directory, or takes over one of the same source."""
-        plan = {
-            "source": checkpoint_digest(self.plan.source, times=True),
-            "shards": {shard.file: shard.plan.size for shard in self.plan.shards},
-        }
-        path = self.building / _PLAN
-        if self.building.exists() and not (path.exists() and read_json(path) == plan):
-            remove(self.building)
-        make_directory(self.building)
-        remove_partial(self.building)
-        atomic_write_json(path, plan)
-
-    def _is_whole(self, shard: CastShard) -> bool:
-        """A file under its own name was whole when it was given the name."""
-        path = self.building / shard.file
-        if not path.is_file() or path.stat().st_size != shard.plan.size:
-            return False
-        with path.open("rb") as stream:
-            return stream.read(len(shard.plan.header)) == shard.plan.header
-
     def _tasks(
         self, shards: Sequence[CastShard], reader: DirectReader, open_files: list[_OpenShard]
     ) -> Iterator[Task]:
         for shard in shards:
             blocks = [(t, rows) for t in shard.tensors for rows in _blocks(t)]
-            file = _OpenShard(self.building / shard.file, shard, len(blocks))
+            file = _OpenShard(self.place.result / shard.file, shard, len(blocks))
             open_files[:] = [*(f for f in open_files if f.left), file]
             for tensor, rows in blocks:
                 yield partial(_cast_block, file, reader, tensor, rows)
 
     def _finish(self) -> None:
         """Writes the small files and gives the directory its name."""
-        copy_files(self.plan.files, self.plan.source, self.building)
+        result = self.place.result
+        copy_files(self.plan.files, self.plan.source, result)
         if [shard.file for shard in self.plan.shards] != [SINGLE]:
-            atomic_write_json(self.building / INDEX, self.plan.index())
-        atomic_write_json(self.building / CONFIG, self.plan.config)
+            atomic_write_json(result / INDEX, self.plan.index())
+        atomic_write_json(result / CONFIG, self.plan.config)
         manifest = {"made_by": "autodeco cast", "version": 1, "source": self.digest}
-        atomic_write_json(self.building / MANIFEST, manifest)
-        remove(self.building / _PLAN)
-        publish(self.building, self.output)
+        atomic_write_json(result / MANIFEST, manifest)
+        self.place.publish()
 
 
 class _OpenShard:

@@ -16,20 +16,15 @@ from autodeco.convert.backbones import Backbone
 from autodeco.convert.cast_plan import CONFIG, QUANTIZATION, unquantised
 from autodeco.convert.export_plan import ExportGroup, ExportPlan, ExportShard
 from autodeco.convert.operations import sources_from_targets
-from autodeco.convert.shard_writer import ShardWriter
+from autodeco.convert.shard_writer import ShardWriter, is_whole
 from autodeco.convert.small_files import copy_files, small_files
 from autodeco.convert.workers import BytesProgress, MemoryGate, Task, default_workers, run_tasks
+from autodeco.convert.working_directory import WorkingDirectory, was_made
 from autodeco.disk_space import require_space
 from autodeco.files import (
     atomic_write_json,
-    make_directory,
-    publish,
-    read_json,
-    remove,
-    remove_partial,
 )
 from autodeco.heads.places import check_places
-from autodeco.lock import file_lock
 from autodeco.resolution import read_config
 from autodeco.safetensors_header import INDEX, SINGLE
 
@@ -74,20 +69,16 @@ def export_checkpoint(
     config = _exported_config(model)
     parts = (backbone.digest(), json.dumps(config, sort_keys=True), json.dumps(plan.index()))
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    if _there(output, digest):
+    place, manifest = WorkingDirectory(output, "export"), output / MANIFEST
+    if was_made(manifest, digest):
+        place.clear()
         return False
     check_places(model, output)
-    make_directory(output.parent)
-    lock = file_lock(
-        output.with_name(f".{output.name}.lock"),
-        "the export",
-        output,
-        "wait for it, or choose another directory",
-    )
+    lock = place.lock()
     try:
-        if _there(output, digest):  # another process made it while this one came for the lock
+        if was_made(manifest, digest):  # by another process, until this one had the lock
             return False
-        export = _Export(backbone, plan, output, digest, console or Console(stderr=True))
+        export = _Export(backbone, plan, place, digest, console or Console(stderr=True))
         export.run(workers or default_workers())
         export.finish(model, config)
         return True
@@ -103,54 +94,34 @@ def _exported_config(model: Path) -> dict[str, Any]:
     return unquantised(config, top=True) if any(QUANTIZATION in p for p in parts) else config
 
 
-def _there(output: Path, digest: str) -> bool:
-    manifest = output / MANIFEST
-    return manifest.is_file() and read_json(manifest).get("source") == digest
-
-
 class _Export:
     """One call of `export_checkpoint`."""
 
     def __init__(
-        self, backbone: Backbone, plan: ExportPlan, output: Path, digest: str, console: Console
+        self,
+        backbone: Backbone,
+        plan: ExportPlan,
+        place: WorkingDirectory,
+        digest: str,
+        console: Console,
     ) -> None:
-        self.backbone, self.plan, self.output = backbone, plan, output
+        self.backbone, self.plan, self.place = backbone, plan, place
         self.digest, self.console = digest, console
-        self.building = output.with_name(f".{output.name}.exporting")
         self.gate = MemoryGate(_MEMORY)
 
     def run(self, workers: int) -> None:
         """Writes the files that are not there yet."""
-        self._begin()
-        left = [shard for shard in self.plan.shards if not self._is_whole(shard)]
+        shards, result = self.plan.shards, self.place.result
+        sizes = {shard.file: shard.plan.size for shard in shards}
+        self.place.begin({"source": self.digest, "shards": sizes})
+        left = [shard for shard in shards if not is_whole(result / shard.file, shard.plan)]
         size = sum(shard.plan.size for shard in left)
-        require_space(self.building, size, "the exported checkpoint")
+        require_space(result, size, "the exported checkpoint")
         done = self.plan.size - size
         with BytesProgress(self.console, "export", self.plan.size, done) as progress:
             for shard in left:
-                with ShardWriter(self.building / shard.file, shard.plan) as writer:
+                with ShardWriter(result / shard.file, shard.plan) as writer:
                     run_tasks(self._tasks(shard, writer), workers, progress)
-
-    def _begin(self) -> None:
-        """Makes the working directory, or takes over one of the same source and plan."""
-        plan = {
-            "source": self.digest,
-            "shards": {shard.file: shard.plan.size for shard in self.plan.shards},
-        }
-        path = self.building / _PLAN
-        if self.building.exists() and not (path.exists() and read_json(path) == plan):
-            remove(self.building)
-        make_directory(self.building)
-        remove_partial(self.building)
-        atomic_write_json(path, plan)
-
-    def _is_whole(self, shard: ExportShard) -> bool:
-        """A file under its own name was whole when it was given the name."""
-        path = self.building / shard.file
-        if not path.is_file() or path.stat().st_size != shard.plan.size:
-            return False
-        with path.open("rb") as stream:
-            return stream.read(len(shard.plan.header)) == shard.plan.header
 
     def _tasks(self, shard: ExportShard, writer: ShardWriter) -> Iterator[Task]:
         for group in shard.groups:
@@ -168,20 +139,20 @@ class _Export:
 
     def finish(self, model: Path, config: Mapping[str, Any]) -> None:
         """Writes the small files and gives the directory its name."""
+        result = self.place.result
         files = (file for file in small_files(model) if str(file) not in (CONFIG, MANIFEST))
-        copy_files(files, model, self.building)
+        copy_files(files, model, result)
         if [shard.file for shard in self.plan.shards] != [SINGLE]:
-            atomic_write_json(self.building / INDEX, self.plan.index())
-        atomic_write_json(self.building / CONFIG, config)
+            atomic_write_json(result / INDEX, self.plan.index())
+        atomic_write_json(result / CONFIG, config)
         manifest = {
             "made_by": "autodeco export",
             "version": 1,
             "source": self.digest,
             "dropped": dict(self.plan.dropped),
         }
-        atomic_write_json(self.building / MANIFEST, manifest)
-        remove(self.building / _PLAN)
-        publish(self.building, self.output)
+        atomic_write_json(result / MANIFEST, manifest)
+        self.place.publish()
 
 
 __all__ = ["MANIFEST", "export_checkpoint"]

@@ -85,6 +85,14 @@ def plan_shard(
     return ShardPlan(header, places, len(header) + end)
 
 
+def is_whole(path: Path, plan: ShardPlan) -> bool:
+    """Whether a file of this plan is there; one under its own name was whole when it got it."""
+    if not path.is_file() or path.stat().st_size != plan.size:
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(plan.header)) == plan.header
+
+
 class ShardWriter:
     """An open file that is being written; use it in a ``with`` block.
 

@@ -34,7 +34,7 @@ from autodeco.convert.operations import read_target
 from autodeco.convert.stored import Part, Piece, WrittenFile, WrittenPiece, file_crc32
 from autodeco.convert.workers import MemoryGate
 from autodeco.errors import WeightsError
-from autodeco.files import atomic_file, atomic_write_json
+from autodeco.files import atomic_file, atomic_write_json, write_problem
 from autodeco.hookspecs import ImportedWeights
 from autodeco.weights import BoundRule
 
@@ -217,7 +217,10 @@ def finish(directory: Path, parts: Iterable[Part], objects: Sequence[str]) -> di
             blob = _StorageInfo(part.file, *part.blob)
             results += [WriteResult(MetadataIndex(key), blob.length, blob) for key in objects]
     metadata = Metadata({**tensors, **{key: BytesStorageMetadata() for key in objects}})
-    _NoPathsWriter(directory).finish(metadata, [results])
+    try:
+        _NoPathsWriter(directory).finish(metadata, [results])
+    except OSError as error:
+        raise write_problem(error, directory / ".metadata") from error
     with atomic_file(directory / "common.pt") as stream:
         torch.save({}, stream)
     atomic_write_json(directory / "metadata.json", _CONFIG)

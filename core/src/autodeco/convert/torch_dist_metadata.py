@@ -26,6 +26,7 @@ ITEM_BYTES = {
     "int16": 2, "float16": 2, "bfloat16": 2, "int32": 4, "float32": 4, "int64": 8, "float64": 8,
 }  # fmt: skip
 _CHECKPOINT = "torch.distributed.checkpoint."
+_MCORE = "megatron.core.dist_checkpointing.strategies.torch."
 _ALLOWED = frozenset(
     {
         # the records: what is stored, in which blocks, and where each block is
@@ -46,7 +47,10 @@ _ALLOWED = frozenset(
         # torch before 2.3 has the properties of a tensor here
         "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
         "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
-        # megatron-core keeps the plans of all ranks beside the records (`all_local_plans`)
+        # megatron-core has kinds of its own in the versions that NeMo 2 has, with a field more
+        _MCORE + "MCoreMetadata",
+        _MCORE + "MCoreSavePlan",
+        # it keeps the plans of all ranks beside the records (`all_local_plans`)
         *(
             f"{_CHECKPOINT}planner.{name}"
             for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
@@ -124,7 +128,8 @@ class TorchDistMetadata:
     def __init__(self, directory: Path) -> None:
         self.directory, self.path = directory, directory / METADATA
         tree = read_pickle(_content(self.path), _ALLOWED, str(self.path))
-        root = self._fields(tree, "Metadata")
+        of_megatron = isinstance(tree, Inert) and tree.name == _MCORE + "MCoreMetadata"
+        root = self._fields(tree, "MCoreMetadata" if of_megatron else "Metadata")
         self._tensors: dict[str, Mapping[str, Any]] = {}
         self.objects: set[str] = set()
         for key, entry in _pairs(root.get("state_dict_metadata"), self._broken):

@@ -65,6 +65,7 @@ class TorchDistReader:
         self.directory = directory
         self.metadata = TorchDistMetadata(directory)
         self._infos: dict[str, StoredTensorInfo] = {}
+        self._by_rows: dict[str, dict[tuple[int, int], list[StoredChunk]]] = {}
         self._starts: dict[tuple[str, StoredChunk], int] = {}
         self._descriptors: dict[str, int] = {}
         self._opening = threading.Lock()
@@ -109,7 +110,7 @@ class TorchDistReader:
                 where=str(self.directory),
                 fix="the checkpoint is of a model of another shape: check --plugin and --preset",
             )
-        taken = [c for c in info.chunks if _within(c, region) is not None]
+        taken = self._taken(info, region)
         starts = [self._start(info, chunk) for chunk in taken]  # before memory is asked for
         result = torch.empty([b - a for a, b in region], dtype=getattr(torch, info.dtype))
         raw = result.reshape(-1).view(torch.uint8).numpy()
@@ -117,6 +118,19 @@ class TorchDistReader:
         for chunk, start in zip(taken, starts, strict=True):
             self._copy(info, chunk, start, region, raw)
         return result
+
+    def _taken(self, info: StoredTensorInfo, region: Region) -> list[StoredChunk]:
+        """Finds the chunks of a region; a tensor of all layers and experts has thousands."""
+        if info.key not in self._by_rows:
+            groups: dict[tuple[int, int], list[StoredChunk]] = {}
+            for chunk in info.chunks:
+                start, rows = (chunk.offset or (0,))[0], (chunk.shape or (1,))[0]
+                groups.setdefault((start, start + rows), []).append(chunk)
+            self._by_rows[info.key] = groups
+        first, last = region[0] if region else (0, 1)
+        groups = self._by_rows[info.key]
+        near = (c for (a, b), cs in groups.items() if a < last and first < b for c in cs)
+        return [chunk for chunk in near if _within(chunk, region) is not None]
 
     def _copy(
         self, info: StoredTensorInfo, chunk: StoredChunk, start: int, region: Region, raw: Any

@@ -36,6 +36,7 @@ from autodeco.convert.workers import (
     default_workers,
     run_tasks,
 )
+from autodeco.convert.working_directory import WorkingDirectory
 from autodeco.disk_space import require_space
 from autodeco.engines.megatron.compat import apply_cures
 from autodeco.engines.megatron.engine import form_groups
@@ -44,22 +45,17 @@ from autodeco.errors import AutodecoError, EnvironmentProblem, WeightsError
 from autodeco.family import Architecture
 from autodeco.files import (
     atomic_write_json,
-    make_directory,
-    publish,
     read_json,
     read_object,
-    remove,
-    remove_partial,
 )
 from autodeco.hookspecs import ImportedWeights
 from autodeco.layout import ParallelLayout
-from autodeco.lock import FileLock, forget_output_lock, output_lock
+from autodeco.lock import FileLock
 from autodeco.processes import rank, world_size
 
 PART_BYTES = 512 << 20
 HELD_BYTES = 1 << 30
 _PATIENCE = datetime.timedelta(hours=12)  # ranks wait for the slowest; gloo's own limit is shorter
-_PLAN = "plan.json"
 _PARTS = "parts"
 _CPU = torch.device("cpu")
 _T = TypeVar("_T")
@@ -94,18 +90,20 @@ def import_checkpoint(
         RunError: Another process is importing into it.
         EnvironmentProblem: It cannot be written, or a rank does not see it.
     """
+    place = WorkingDirectory(directory, "import")
     if (there := _there(weights, directory)) is not None:
-        forget_output_lock(directory)
+        if rank() == 0:
+            place.clear()
         return there
     apply_cures()
     ranks = _Ranks()
     lock: FileLock | None = None
     try:
-        lock = ranks.agree(lambda: _lock(directory) if rank() == 0 else None)
+        lock = ranks.agree(lambda: place.lock() if rank() == 0 else None)
         if (there := ranks.agree(lambda: _there(weights, directory))) is not None:
             return there  # another process made it while this one came for the lock
         console = console or Console(stderr=True, quiet=rank() != 0)
-        work = _Import(weights, architecture, directory, ranks, part_bytes, console)
+        work = _Import(weights, architecture, place, ranks, part_bytes, console)
         return work.run(MemoryGate(held_bytes))
     finally:
         if lock is not None:
@@ -190,12 +188,6 @@ def _there(weights: ImportedWeights, directory: Path) -> Manifest | None:
     return manifest
 
 
-def _lock(directory: Path) -> FileLock:
-    """Keeps two imports into one directory apart."""
-    make_directory(directory.parent)
-    return output_lock(directory, "the import")
-
-
 class _Ranks:
     """All processes of the job, which go on together or fail together."""
 
@@ -256,14 +248,14 @@ class _Import:
         self,
         weights: ImportedWeights,
         architecture: Architecture,
-        directory: Path,
+        place: WorkingDirectory,
         ranks: _Ranks,
         part_bytes: int,
         console: Console,
     ) -> None:
-        self.weights, self.architecture, self.final = weights, architecture, directory
+        self.weights, self.architecture, self.place = weights, architecture, place
         self.ranks, self.part_bytes, self.console = ranks, part_bytes, console
-        self.building = directory.with_name(f".{directory.name}.importing")
+        self.files = place.result / WEIGHTS
 
     def run(self, gate: MemoryGate) -> Manifest:
         """Goes the whole way."""
@@ -278,7 +270,7 @@ class _Import:
             self.ranks.agree(self._check_shared)
             self.ranks.agree(lambda: self._write(groups, targets, objects))
         self.ranks.from_first(lambda: self._finish(len(groups), objects))
-        return self.ranks.agree(lambda: read_manifest(self.final))
+        return self.ranks.agree(lambda: read_manifest(self.place.output))
 
     def _layout(self) -> tuple[tuple[Piece, ...], tuple[str, ...]]:
         config = read_json(self.weights.path / "config.json")
@@ -291,26 +283,20 @@ class _Import:
             "parts": len(sizes),
             "part_bytes": self.part_bytes,
         }
-        path = self.building / _PLAN
-        if self.building.exists() and not (path.exists() and read_json(path) == plan):
-            remove(self.building)
+        self.place.begin(plan, f"{self.files.parent.name}/{WEIGHTS}", _PARTS)
         left = (size for n, size in enumerate(sizes) if not self._record(n).exists())
-        require_space(self.building, sum(left), "the imported checkpoint")
-        for folder in (self.building / WEIGHTS, self.building / _PARTS):
-            make_directory(folder)
-            remove_partial(folder)
-        atomic_write_json(path, plan)
+        require_space(self.files, sum(left), "the imported checkpoint")
 
     def _check_shared(self) -> None:
-        if not (self.building / _PLAN).exists():
+        if not self.place.plan.exists():
             raise EnvironmentProblem(
                 f"rank {rank()} does not see the directory that rank 0 made",
-                where=str(self.building),
+                where=str(self.place.path),
                 fix="choose a directory that all machines share",
             )
 
     def _record(self, number: int) -> Path:
-        return self.building / _PARTS / f"{number}.json"
+        return self.place.path / _PARTS / f"{number}.json"
 
     def _write(
         self, groups: Sequence[Sequence[Piece]], targets: SourceTargets, objects: Sequence[str]
@@ -323,8 +309,7 @@ class _Import:
             if self._is_whole(number):
                 return sum(_size_of(targets, piece) for piece in groups[number])
             blob = objects[0] if objects and number == 0 else None
-            folder = self.building / WEIGHTS
-            part = write_part(folder, number, groups[number], targets, blob, progress.advance)
+            part = write_part(self.files, number, groups[number], targets, blob, progress.advance)
             atomic_write_json(self._record(number), part.to_json())
             return 0  # shown piece by piece
 
@@ -339,20 +324,18 @@ class _Import:
             part = Part.from_json(read_object(self._record(number)))
         except (WeightsError, KeyError, TypeError, ValueError):  # it is written again
             return False
-        path = self.building / WEIGHTS / part.file
+        path = self.files / part.file
         return path.is_file() and file_crc32(path) == part.content.crc32
 
     def _finish(self, parts: int, objects: Sequence[str]) -> None:
         """Writes the metadata and the manifest, and gives the directory its name."""
         written = tuple(Part.from_json(read_json(self._record(n))) for n in range(parts))
-        files = finish(self.building / WEIGHTS, written, objects)
-        manifest = Manifest(checkpoint_digest(self.weights.path), written, files)
-        atomic_write_json(self.building / MANIFEST, manifest.to_json())
-        source = self.weights.path
-        copy_files(small_files(source), source, self.building / HF_FILES)
-        publish(self.building, self.final)
-        remove(self.final / _PARTS)
-        remove(self.final / _PLAN)
+        files = finish(self.files, written, objects)
+        source, result = self.weights.path, self.place.result
+        copy_files(small_files(source), source, result / HF_FILES)
+        manifest = Manifest(checkpoint_digest(source), written, files)
+        atomic_write_json(result / MANIFEST, manifest.to_json())
+        self.place.publish()
 
 
 def _size_of(targets: SourceTargets, piece: Piece) -> int:
