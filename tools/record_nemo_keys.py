@@ -192,6 +192,34 @@ def make(case: str, spec: str, source: Path, target: Path) -> None:
     teardown(trainer, model)
 
 
+def make_with_heads(target: Path) -> None:
+    """Has NeMo write a tiny model with heads where the published training code has them."""
+    from nemo.collections.llm.gpt.model.qwen3 import HFQwen3Importer, Qwen3Config, Qwen3Model
+
+    def head(width: int) -> torch.nn.Module:
+        layers = torch.nn.Linear(width, 256), torch.nn.ReLU(), torch.nn.Linear(256, 1)
+        return torch.nn.ModuleDict({"mlp": torch.nn.Sequential(*layers)})
+
+    config = Qwen3Config(
+        num_layers=2,
+        hidden_size=16,
+        ffn_hidden_size=32,
+        num_attention_heads=2,
+        num_query_groups=1,
+        kv_channels=8,
+        vocab_size=128,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+    )
+    connector, model = HFQwen3Importer("none"), Qwen3Model(config)
+    trainer = connector.nemo_setup(model)
+    torch.manual_seed(0)
+    # the second head also reads T and four features of the distribution
+    heads = {"temp_head": head(16), "top_p_head": head(16 + 5)}
+    model.module.adapter = torch.nn.ModuleDict(heads)
+    connector.nemo_save(target, trainer)
+
+
 def entries(weights: Path, with_bytes: bool) -> dict[str, Any]:
     """Returns what a torch_dist checkpoint holds."""
     import torch.distributed.checkpoint as dcp
@@ -227,13 +255,17 @@ def main() -> None:
     """Records the cases."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", choices=("local", "te"), required=True)
-    parser.add_argument("--checkpoints", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--checkpoints", type=Path)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--transformer-engine", type=Path, help="where pip --target put it")
     parser.add_argument("--keep", type=Path, help="keep NeMo's checkpoints here")
     parser.add_argument("cases", nargs="*", choices=(*CASES, []), default=[])
+    parser.add_argument("--heads", type=Path, help="write a checkpoint with heads here, no record")
     given = parser.parse_args()
     replaced = prepare(given.spec, given.transformer_engine if given.spec == "te" else None)
+    if given.heads:
+        make_with_heads(given.heads)
+        return
     given.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         for case in given.cases or CASES:
