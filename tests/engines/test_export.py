@@ -24,7 +24,7 @@ from torch_dist_made import forge
 from transformers import AutoModelForCausalLM
 
 from autodeco.cli import cli
-from autodeco.convert import exporting, stored_models
+from autodeco.convert import exporting, stored_models, working_directory
 from autodeco.convert.adapter_heads import read_adapter_heads
 from autodeco.convert.direct_reader import DirectReader
 from autodeco.convert.random_checkpoint import write_random_checkpoint
