@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
+import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,25 @@ def test_what_megatron_core_and_paths_add_is_taken(stored: Path) -> None:
         metadata.all_local_plans = [pickle.loads(pickle.dumps(TensorProperties(torch.float8_e5m2)))]
 
     assert set(TorchDistMetadata(change(stored, add))) == {"m", "s"}
+
+
+def test_megatron_cores_own_kinds_are_taken(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the versions that NeMo 2 has, as a pickle names them."""
+    name = "megatron.core.dist_checkpointing.strategies.torch"
+    module = types.ModuleType(name)
+    kinds: Any = [type(k, (), {"__module__": name}) for k in ("MCoreMetadata", "MCoreSavePlan")]
+    for kind in kinds:
+        setattr(module, kind.__name__, kind)
+    monkeypatch.setitem(sys.modules, name, module)
+    before, path = TorchDistMetadata(stored).tensor("m"), stored / ".metadata"
+    root, plan = kinds[0](), kinds[1]()
+    vars(root).update(vars(pickle.loads(path.read_bytes())), mcore_data={"m": {}})
+    vars(root).update(all_local_plans=[plan])
+    path.write_bytes(pickle.dumps(root))
+    assert TorchDistMetadata(stored).tensor("m") == before
+    path.write_bytes(pickle.dumps(plan))
+    with pytest.raises(WeightsError, match="Metadata is expected"):
+        TorchDistMetadata(stored)
 
 
 @pytest.mark.parametrize("name", ITEM_BYTES)
