@@ -129,7 +129,7 @@ def test_a_stage_alone_takes_the_options_of_run(stage: str) -> None:
     whole, alone = options("run"), options(stage)
     assert {name: alone.get(name) for name in whole} == whole
     on_paths = (
-        {"--output", "--input", "--target", "--heads-dir", "--format"}
+        {"--output", "--input", "--target", "--heads-dir", "--format", "--nemo-python"}
         if stage != "train"
         else set()
     )
