@@ -22,9 +22,7 @@ from fuzz import attempt, spoiled
 from fuzz_targets import targets
 
 TARGETS = {target.name: target for target in targets()}
-# Merging, splitting and stored checkpoints: `tools/fuzz.py` runs them.
-ELSEWHERE = {"merged-native", "merged-autodeco", "base"}
-QUICK = [name for name, t in TARGETS.items() if not t.slow and name not in ELSEWHERE]
+QUICK = [name for name, t in TARGETS.items() if not t.slow]
 SEEDS = st.integers(0, 2**48)
 BOUNDED = settings(max_examples=30, deadline=None, database=None, derandomize=True)
 LONG = settings(max_examples=1000, deadline=None, database=None)
@@ -77,7 +75,7 @@ def test_a_spoiled_file_is_read_or_refused(name: str, prepared: Prepared) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in TARGETS if name not in ELSEWHERE])
+@pytest.mark.parametrize("name", list(TARGETS))
 def test_a_spoiled_file_is_read_or_refused_long(name: str, prepared: Prepared) -> None:
     root = prepared(name)
     profile = settings(LONG, max_examples=100) if TARGETS[name].slow else LONG

@@ -28,7 +28,7 @@ from typing import Any
 KILLED = 99  # exit code of a simulated kill
 OPERATIONS = (
     *("replace", "rename", "link", "mkdir", "unlink", "rmdir", "fsync", "sendfile"),
-    *("pwrite", "posix_fallocate"),
+    "pwrite",
 )
 CLOCKS = {"seconds", "tokens_per_second"}
 _TARGET_SECOND = ("replace", "rename", "link", "copy_file_range")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from pathlib import Path
 
@@ -33,21 +31,6 @@ def require_space(path: Path, size: int, what: str) -> None:
             where=str(path),
             fix="free some space, or choose a directory on another disk",
         )
-
-
-def reserve(descriptor: int, size: int) -> None:
-    """Reserves the blocks of an open file, where the filesystem can: a full disk shows at once.
-
-    Raises:
-        OSError: The disk is full.
-    """
-    if size == 0 or not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
 
 
 def _gib(size: int) -> str:

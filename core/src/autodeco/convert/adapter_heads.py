@@ -16,7 +16,7 @@ from autodeco.convert.stored import HF_FILES, WEIGHTS
 from autodeco.convert.torch_dist_metadata import METADATA
 from autodeco.convert.torch_dist_reader import TorchDistReader
 from autodeco.errors import UsageError, WeightsError
-from autodeco.files import read_json
+from autodeco.files import read_object
 from autodeco.heads.files import heads_from
 from autodeco.heads.identity import CONFIG_FILE, base_identity
 from autodeco.heads.modules import DecodingHeads
@@ -135,6 +135,6 @@ def known_base(weights: Path, model: Path | None) -> dict[str, Any]:
     if base is None:
         return {}
     identity = base_identity(base)
-    if model is None and "_name_or_path" not in read_json(beside / CONFIG_FILE):
+    if model is None and "_name_or_path" not in read_object(beside / CONFIG_FILE):
         identity["base_model_name_or_path"] = None  # the folder's own name says nothing
     return identity

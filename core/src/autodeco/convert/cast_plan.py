@@ -12,7 +12,7 @@ from autodeco.convert.shard_writer import ShardPlan, plan_shard
 from autodeco.convert.shards import PLAIN, StoredTensor, stored_tensors
 from autodeco.convert.small_files import small_files
 from autodeco.errors import UsageError, WeightsError
-from autodeco.files import read_json
+from autodeco.files import read_object
 from autodeco.heads.places import model_files
 from autodeco.safetensors_header import DTYPE_BYTES, INDEX, read_checkpoint
 from autodeco.storage import BUILT_IN, StorageFormat
@@ -161,14 +161,7 @@ def _check_plain(
 
 def _config(source: Path) -> dict[str, Any]:
     """The config of the cast model: not quantised, of dtype bfloat16."""
-    config = read_json(source / CONFIG)
-    if not isinstance(config, dict):
-        raise WeightsError(
-            "config.json holds no object",
-            where=str(source / CONFIG),
-            fix="use the config.json that came with the checkpoint",
-        )
-    return unquantised(config, top=True)
+    return unquantised(read_object(source / CONFIG), top=True)
 
 
 def unquantised(config: Mapping[str, Any], *, top: bool = False) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
-from autodeco.disk_space import reserve
 from autodeco.errors import WeightsError
 from autodeco.files import sync, temporary_name, write_problem
 from autodeco.safetensors_header import DTYPE_BYTES
@@ -117,7 +116,6 @@ class ShardWriter:
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
             self._descriptor = os.open(self._temporary, flags, 0o666)
-            reserve(self._descriptor, self.plan.size)
             self._put(self.plan.header, 0)
         except OSError as error:
             self._discard()

@@ -17,10 +17,9 @@ from autodeco.convert.export_plan import SHARD_BYTES, ExportPlan, plan_export
 from autodeco.convert.stored import HF_FILES
 from autodeco.errors import UsageError, WeightsError
 from autodeco.family import Architecture, FamilySpec, ModelShape
-from autodeco.files import read_json
 from autodeco.hookspecs import ImportedWeights
 from autodeco.resolution import read_config
-from autodeco.safetensors_header import INDEX, SINGLE, read_header
+from autodeco.safetensors_header import INDEX, SINGLE, read_header, read_index
 from autodeco.weights import BoundWeightMap
 
 _CONFIG = "config.json"
@@ -131,9 +130,7 @@ def _backbone(
 def _stored_names(model: Path) -> tuple[str, ...]:
     """The names of a Hugging Face checkpoint's tensors, if they are told; its shards may lack."""
     if (model / INDEX).is_file():
-        content = read_json(model / INDEX)
-        names = content.get("weight_map") if isinstance(content, dict) else None
-        return tuple(names) if isinstance(names, dict) else ()
+        return tuple(read_index(model)["weight_map"])
     return tuple(read_header(model / SINGLE)) if (model / SINGLE).is_file() else ()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autodeco.errors import UsageError, WeightsError
-from autodeco.files import atomic_directory, atomic_write_json, fetch_hint, read_json, remove
+from autodeco.files import atomic_directory, atomic_write_json, fetch_hint, read_object, remove
 from autodeco.heads.files import (
     BACKBONE_PREFIX,
     HEAD_PREFIXES,
@@ -190,13 +190,7 @@ def _base_config(base: Path) -> dict[str, Any]:
     if not base.is_dir():
         fix = fetch_hint(base) or "check the path"
         raise WeightsError("no such base model", where=str(base), fix=fix)
-    config = read_json(base / CONFIG_FILE)
-    if not isinstance(config, dict):
-        raise WeightsError(
-            "config.json holds no object",
-            where=str(base / CONFIG_FILE),
-            fix="use the config.json that came with the checkpoint",
-        )
+    config = read_object(base / CONFIG_FILE)
     if "autodeco" in config or config.get("model_type") == AUTODECO_MODEL_TYPE:
         raise WeightsError(
             "the base is a merged checkpoint already",
@@ -219,7 +213,7 @@ def _heads_directory(loaded: LoadedHeads, base: Path, scratch: Path) -> Path:
 
 def _is_heads_directory(directory: Path) -> bool:
     file = directory / CONFIG_FILE
-    return file.exists() and read_json(file).get("model_type") == HEADS_MODEL_TYPE
+    return file.exists() and read_object(file).get("model_type") == HEADS_MODEL_TYPE
 
 
 def _write_generation_config(
@@ -228,7 +222,7 @@ def _write_generation_config(
     """Sampling on, the four parameters unset; returns the vendor's own values, None if no file."""
     vendor = None
     if (base / GENERATION_FILE).exists():
-        generation = dict(read_json(base / GENERATION_FILE))
+        generation = read_object(base / GENERATION_FILE)
         vendor = {k: generation[k] for k in (*SAMPLING_KEYS, "do_sample") if k in generation}
     else:
         # With a file there, transformers no longer takes these from config.json.
@@ -268,7 +262,7 @@ def _write_native(
     for name in model_files(heads):
         tally.bring_small(heads / name, output / NATIVE_DIRECTORY / name)
     vendor = _write_generation_config(base, config, output, tally)
-    key = {**read_json(heads / CONFIG_FILE), "layout": "native", "generation_config": vendor}
+    key = {**read_object(heads / CONFIG_FILE), "layout": "native", "generation_config": vendor}
     _write_json(output / CONFIG_FILE, {**config, "autodeco": key}, tally)
 
 
@@ -308,7 +302,7 @@ def _write_autodeco(
     _write_json(output / INDEX, index, tally)
     vendor = _write_generation_config(base, config, output, tally)
     own = {
-        **read_json(heads / CONFIG_FILE),
+        **read_object(heads / CONFIG_FILE),
         "layout": "autodeco",
         "generation_config": vendor,
         "single_file": old is None,

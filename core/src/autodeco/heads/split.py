@@ -9,7 +9,14 @@ from typing import Any
 
 from autodeco.disk_space import require_space
 from autodeco.errors import WeightsError
-from autodeco.files import atomic_directory, atomic_write_json, fetch_hint, read_json, remove
+from autodeco.files import (
+    atomic_directory,
+    atomic_write_json,
+    fetch_hint,
+    read_json,
+    read_object,
+    remove,
+)
 from autodeco.heads.files import (
     BACKBONE_PREFIX,
     HEAD_PREFIXES,
@@ -267,8 +274,14 @@ def _as_stored(config: dict[str, Any], stored: set[str]) -> dict[str, Any]:
 def _restore_generation_config(merged: Path, own: Mapping[str, Any], base: Path) -> None:
     if not (merged / GENERATION_FILE).exists() or own.get("generation_config", {}) is None:
         return
-    generation = dict(read_json(merged / GENERATION_FILE))
+    generation = read_object(merged / GENERATION_FILE)
     if "generation_config" in own:
         generation.pop("do_sample", None)
+        if not isinstance(own["generation_config"], Mapping):
+            raise WeightsError(
+                "the base's own generation_config is no object",
+                where=f"{merged / CONFIG_FILE}: autodeco.generation_config",
+                fix="use the config.json that the merge wrote",
+            )
         generation.update(own["generation_config"])
     atomic_write_json(base / GENERATION_FILE, generation)
