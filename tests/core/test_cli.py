@@ -235,7 +235,7 @@ def test_what_is_raised_gives_its_exit_code(
         (["data", "show", "--data", "a", "--model", "b", "--drop", "2"], "0<=x<=1"),
         (["merge", "--output", "x", "--model", "y"], "--heads-dir is missing"),
         (["export", "--output", "x", "--input", "y", "--seed", "3"], "--seed has no effect"),
-        (["merge", "--output", "x", "--dry-run"], "--dry-run are for a job"),
+        (["evaluate", "--output", "x", "--dry-run"], "--dry-run are for a job"),
     ],
 )
 def test_wrong_usage(

@@ -12,9 +12,11 @@ from rich.console import Console, Group
 
 from autodeco.decoding import AutoDecoModelForCausalLM
 from autodeco.decoding.evaluation import Problem, load_problems, problem_prompts
+from autodeco.decoding.model import load_decoded
 from autodeco.decoding.stage import EvaluationOutcome, evaluate_and_report
 from autodeco.decoding.terminal import coloured_tokens, legend
-from autodeco.engines.hf import loading_by_transformers, loading_options
+from autodeco.engines import hf
+from autodeco.engines.hf import loading_by_transformers, loading_options, stores_parts
 from autodeco.engines.select import choose_device, choose_dtype
 from autodeco.errors import DataError, NumericsError, WeightsError
 from autodeco.files import make_directory
@@ -62,6 +64,8 @@ def _load(
     chosen = choose_device(device)
     kind = choose_dtype(dtype, model, chosen)
     safe = loading_options(model)
+    if stores_parts(model):
+        return load_decoded(model, heads or model, kind).to(chosen), chosen
     with loading_by_transformers(model):
         loaded = AutoDecoModelForCausalLM.from_pretrained(model, heads=heads, dtype=kind, **safe)
     return loaded.to(chosen), chosen
@@ -223,6 +227,8 @@ def _load_for_evaluation(
     chosen = choose_device(device)
     kind = choose_dtype(dtype, model, chosen)
     safe = loading_options(model)
+    if stores_parts(model):
+        return hf.load_decoded(model, kind).to(chosen), None
     with loading_by_transformers(model):
         base = AutoModelForCausalLM.from_pretrained(str(model), dtype=kind, **safe)
     return base.eval().to(chosen), None

@@ -30,9 +30,10 @@ from autodeco.decoding.hooks import (
     warn_heads_off,
 )
 from autodeco.decoding.policy import SAMPLING_PARAMETERS, check_scale, heads_off_reason
+from autodeco.engines import hf
 from autodeco.errors import UsageError, WeightsError
-from autodeco.files import read_json
-from autodeco.heads.files import LoadedHeads, load_heads
+from autodeco.files import read_json, read_object
+from autodeco.heads.files import BACKBONE_PREFIX, LoadedHeads, load_heads
 from autodeco.heads.identity import AUTODECO_MODEL_TYPE, CONFIG_FILE, text_config
 from autodeco.heads.modules import DecodingHeads
 from autodeco.heads.warp import TEMPERATURE_FLOOR, warp
@@ -281,6 +282,30 @@ def _load_renamed(path: str | Path, merged: dict[str, Any], *args: Any, **kwargs
     model: Any = loader.from_pretrained(path, *args, config=base, key_mapping=mapping, **kwargs)
     model.__class__ = kind
     return model
+
+
+def load_decoded(path: Path, heads: Path, dtype: torch.dtype) -> Any:
+    """Loads a model whose tensors are stored in parts (FP8, MXFP4), decoded as it is read.
+
+    transformers' own loading keeps them so on a GPU, and wants further packages for the rest.
+
+    Args:
+        path: merged checkpoint directory of either layout, or a base model.
+        heads: whatever `load_heads` reads.
+        dtype: of the model.
+
+    Returns:
+        As `AutoDecoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        WeightsError: no heads there, they do not fit the model, or a tensor is missing.
+    """
+    config = read_object(path / CONFIG_FILE)
+    loaded = load_heads(heads, hidden_size=text_config(config).get("hidden_size"))
+    if config.get("model_type") != AUTODECO_MODEL_TYPE:
+        return attach(hf.load_decoded(path, dtype), loaded)
+    base = asked_base_config(config, None)
+    return attach(hf.load_decoded(path, dtype, config=base, prefix=BACKBONE_PREFIX), loaded)
 
 
 def _owned(kind: Any) -> dict[str, Any]:

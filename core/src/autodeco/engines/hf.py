@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autodeco.convert.shards import ShardReader
+from autodeco.convert.shards import ShardReader, stored_tensors
 from autodeco.engines.base import HiddenBatch, OutputWeight, TokenBatch
 from autodeco.engines.padding import check_finite, pad_batch
 from autodeco.errors import AutodecoError, NumericsError, WeightsError
 from autodeco.files import read_object
+from autodeco.safetensors_header import read_checkpoint
 from autodeco.storage import StorageFormat
 
 # of a config.json that is handed to transformers: each layer is an object, before a byte is read
@@ -232,7 +233,7 @@ def _from_pretrained(
     dropped: Container[str],
 ) -> tuple[Any, dict[str, Any]]:
     """Lets transformers load the checkpoint, itself or from what we decode for it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     given: dict[str, Any] = {
         "dtype": dtype,
@@ -247,13 +248,68 @@ def _from_pretrained(
             str(path), **{**given, **safe}
         )
         return loaded
+    names = {name: name for name in reader.tensors if name not in dropped}
     config = AutoConfig.from_pretrained(str(path), local_files_only=True, **trust)
+    return _from_decoded(path, reader, names, config, given, trust)
+
+
+def _from_decoded(
+    path: Path,
+    reader: ShardReader,
+    names: Mapping[str, str],
+    config: Any,
+    given: Mapping[str, Any],
+    trust: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    state = {name: _LazyTensor(reader, name) for name in reader.tensors if name not in dropped}
+    state = {mine: _LazyTensor(reader, stored) for stored, mine in names.items()}
     with torch.device("meta"):  # the class alone knows how to load a state
         kind = type(AutoModelForCausalLM.from_config(config, **trust))
     model, info = kind.from_pretrained(None, config=config, state_dict=state, **given)
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(path))
     return model, info
+
+
+def stores_parts(path: Path) -> bool:
+    """Whether a checkpoint keeps tensors in FP8 blocks or MXFP4.
+
+    Raises:
+        WeightsError: A shard is missing or broken, or a part of a tensor is missing.
+    """
+    tensors = stored_tensors(read_checkpoint(path))
+    return any(tensor.format is not None for tensor in tensors.values())
+
+
+def load_decoded(path: Path, dtype: torch.dtype, *, config: Any = None, prefix: str = "") -> Any:
+    """Loads a checkpoint that stores tensors in parts as the engine does: decoded as it is read.
+
+    Args:
+        path: A checkpoint of a base, or one with heads beside it.
+        dtype: Of the model.
+        config: transformers' config of the base; default: that of the checkpoint.
+        prefix: Before the names of the base's tensors; those without it are left out.
+
+    Returns:
+        transformers' model, in eval mode, on the CPU.
+
+    Raises:
+        WeightsError: A tensor is missing or damaged.
+    """
+    from transformers import AutoConfig
+
+    given = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    with loading_by_transformers(path), ShardReader(path) as reader:
+        config = config or AutoConfig.from_pretrained(str(path), local_files_only=True)
+        names = {n: n.removeprefix(prefix) for n in reader.tensors if n.startswith(prefix)}
+        model, info = _from_decoded(path, reader, names, config, given, {})
+    if missing := sorted(info["missing_keys"]):
+        raise WeightsError(
+            f"{len(missing)} tensors are missing, the first is {missing[0]!r}",
+            where=str(path),
+            fix="the checkpoint is incomplete: fetch or merge it again",
+        )
+    return model.eval()
