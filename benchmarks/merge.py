@@ -61,7 +61,7 @@ def header_of(shard: int, tensors: int, size: int) -> dict[str, Any]:
 def make_base(directory: Path, shards: int, tensors: int, size: int, *, holes: bool) -> None:
     """A checkpoint of `shards` shards with `size` bytes of data each."""
     directory.mkdir(parents=True)
-    table = {}
+    table: dict[str, str] = {}
     for shard in range(shards):
         name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         entries = header_of(shard, tensors, size)

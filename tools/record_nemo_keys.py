@@ -222,14 +222,15 @@ def make_with_heads(target: Path) -> None:
 
 def entries(weights: Path, with_bytes: bool) -> dict[str, Any]:
     """Returns what a torch_dist checkpoint holds."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    metadata = dcp.FileSystemReader(weights).read_metadata().state_dict_metadata
+    metadata = FileSystemReader(weights).read_metadata().state_dict_metadata
     tensors = {k: v for k, v in metadata.items() if isinstance(v, TensorStorageMetadata)}
     state = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in tensors.items()}
     if with_bytes:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(weights), no_dist=True)
+        load(state, storage_reader=FileSystemReader(weights), no_dist=True)
     found: dict[str, Any] = {}
     for key in sorted(metadata):
         if key not in tensors:

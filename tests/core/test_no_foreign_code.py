@@ -34,6 +34,12 @@ ALLOWED: dict[str, dict[str, str]] = {
     "core/src/autodeco/convert/shards.py": {
         "import_module": "the decoder that an installed plugin names, never a checkpoint",
     },
+    "core/src/autodeco/convert/nemo_context.py": {
+        "subprocess.run": "the Python that --nemo-python names on our own script, a list of words",
+    },
+    "core/src/autodeco/convert/nemo_context_script.py": {
+        "import_module": "NeMo's importer, which an installed plugin names, never a checkpoint",
+    },
     "core/src/autodeco/registry.py": {
         "entry.load": "an entry point of an installed package: that is what a plugin is",
     },

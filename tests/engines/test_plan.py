@@ -317,7 +317,7 @@ class TestCommand:
         [
             ({"drop": 1}, "1 tensors are missing"),
             ({"extra": ("other.weight",)}, "neither mapped nor dropped"),
-            ({"extra": ("model.norm.weight",)}, "'model.norm.weight' stands in the index twice"),
+            ({"extra": ("model.norm.weight",)}, "'model.norm.weight' stands there twice"),
         ],
     )
     def test_a_wrong_index(self, tmp_path: Path, change: dict[str, Any], says: str) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 
 import click
 
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in given
     if not sys.stderr.isatty():  # bars of transformers and of the hub are for a terminal
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # megatron-core lists at each import what it does without; `autodeco doctor` says it once
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     try:
         cli.main(args=given, prog_name="autodeco", standalone_mode=False)
     except click.ClickException as error:

@@ -302,8 +302,9 @@ def load_decoded(path: Path, dtype: torch.dtype, *, config: Any = None, prefix: 
     from transformers import AutoConfig
 
     given = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    safe = {"local_files_only": True, "trust_remote_code": False}
     with loading_by_transformers(path), ShardReader(path) as reader:
-        config = config or AutoConfig.from_pretrained(str(path), local_files_only=True)
+        config = config or AutoConfig.from_pretrained(str(path), **safe)
         names = {n: n.removeprefix(prefix) for n in reader.tensors if n.startswith(prefix)}
         model, info = _from_decoded(path, reader, names, config, given, {})
     if missing := sorted(info["missing_keys"]):
