@@ -217,7 +217,8 @@ class TestCommand:
 
     def test_a_failure_is_exit_code_3(self, tmp_path: Path) -> None:
         index = tmp_path / "model.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": {"a.weight": "a.safetensors"}}))
+        names = {f"{number}.weight": "a.safetensors" for number in range(40)}
+        index.write_text(json.dumps({"weight_map": names}))
         arguments = ["check", "qwen3", "--index", str(index), "--preset", "0.6b", "--only", "index"]
         result = CliRunner().invoke(cli, ["plugin", *arguments], catch_exceptions=False)
         assert result.exit_code == 3
