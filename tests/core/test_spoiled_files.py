@@ -25,7 +25,7 @@ TARGETS = {target.name: target for target in targets()}
 QUICK = [name for name, t in TARGETS.items() if not t.slow]
 SEEDS = st.integers(0, 2**48)
 BOUNDED = settings(max_examples=30, deadline=None, database=None, derandomize=True)
-LONG = settings(max_examples=1000, deadline=None, database=None)
+LONG = settings(max_examples=300, deadline=None, database=None)
 
 Prepared = Callable[[str], Path]
 
@@ -78,7 +78,7 @@ def test_a_spoiled_file_is_read_or_refused(name: str, prepared: Prepared) -> Non
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_a_spoiled_file_is_read_or_refused_long(name: str, prepared: Prepared) -> None:
     root = prepared(name)
-    profile = settings(LONG, max_examples=100) if TARGETS[name].slow else LONG
+    profile = settings(LONG, max_examples=60) if TARGETS[name].slow else LONG
 
     @profile
     @given(SEEDS)
