@@ -164,7 +164,7 @@ def sources_from_targets(
         target: Returns a whole target by its name; asked for those of one source at a time.
 
     Yields:
-        Name and tensor of each source, of the targets' dtype.
+        Name and tensor of each source, of the targets' dtype; it may be a view of the target.
     """
     rules: dict[str, list[BoundRule]] = {}
     for rule in bound.rules:
@@ -182,11 +182,19 @@ def sources_from_targets(
                 if part.source != name:
                     continue
                 tensor = last[1][part]
+                if _is_whole(part, size):
+                    whole = tensor
+                    continue
                 if whole is None:
                     whole = torch.empty(size, dtype=tensor.dtype)
                 _view(whole, part).copy_(tensor)
         assert whole is not None
         yield name, whole
+
+
+def _is_whole(part: SourcePart, size: tuple[int, ...]) -> bool:
+    """Whether a part is all of its source, in the source's own order."""
+    return part.expert is None and not part.transposed and part.size == size
 
 
 def _view(whole: Tensor, part: SourcePart) -> Tensor:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import mmap
+import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from autodeco.convert.direct_reader import read_into
 from autodeco.convert.stored import MANIFEST, WEIGHTS, WrittenPiece, read_manifest
 from autodeco.errors import WeightsError
+
+_FORGED = (OSError, EOFError, ValueError, TypeError, RuntimeError, IndexError, OverflowError)
 
 
 class StoredReader:
@@ -31,12 +37,17 @@ class StoredReader:
                     raise self._forged(written, "names another file or dtype than its part")
                 self._pieces.setdefault(written.piece.target, []).append(written)
         self._open: dict[str, mmap.mmap] = {}
+        self._descriptors: dict[str, int] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> StoredReader:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.clear()  # the maps close with the last tensor on them
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
 
     def targets(self) -> frozenset[str]:
         """Returns the names of all targets that it holds."""
@@ -65,10 +76,26 @@ class StoredReader:
                 fix="remove the directory and import again",
             )
         try:
+            if ranks == 1:
+                return self._whole(pieces)
             parts = [self._slice(written, dim, rank, ranks) for written in pieces]
-        except (OSError, ValueError, TypeError, RuntimeError, IndexError, OverflowError) as error:
+        except _FORGED as error:
             raise self._forged(pieces[0], f"cannot be read: {error}") from error
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _whole(self, pieces: Sequence[WrittenPiece]) -> Tensor:
+        """Reads all rows of all pieces into one tensor; a map would fault in page by page."""
+        raw = torch.empty(sum(written.size for written in pieces), dtype=torch.uint8)
+        view, start = raw.numpy().data, 0
+        for written in pieces:
+            if written.dtype != pieces[0].dtype:
+                raise ValueError(f"{written.dtype} beside {pieces[0].dtype}")
+            stop = start + written.size
+            read_into(self._descriptor(written.file), written.start, view[start:stop])
+            start = stop
+        rows = sum(written.piece.shape[0] for written in pieces)
+        dtype = getattr(torch, pieces[0].dtype)
+        return raw.view(dtype).view(rows, *pieces[0].piece.shape[1:])
 
     def _slice(self, written: WrittenPiece, dim: int, rank: int, ranks: int) -> Tensor:
         shape, dtype = list(written.piece.shape), getattr(torch, written.dtype)
@@ -87,6 +114,13 @@ class StoredReader:
             where=str(self.directory / MANIFEST),
             fix="remove the directory and import again",
         )
+
+    def _descriptor(self, name: str) -> int:
+        with self._opening:
+            if name not in self._descriptors:
+                flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+                self._descriptors[name] = os.open(self.directory / WEIGHTS / name, flags)
+            return self._descriptors[name]
 
     def _file(self, name: str) -> mmap.mmap:
         if name not in self._open:
