@@ -1,10 +1,11 @@
-"""Imports a synthetic mixture of experts, beside cp of its files, and beside transformers.
+"""Imports a synthetic mixture of experts and exports it again, beside cp, and transformers.
 
     python benchmarks/importing.py --directory DISK/bench --layers 8
 
 Names, shapes and dtypes of Qwen3-30B-A3B with so many layers (8: 11 GB). All in turn, caches
-dropped before each, fsync inside each timing, the median of three. The goal: at least half the
-speed of ``cp --reflink=never``, anonymous memory under 2 GiB + the three largest source tensors.
+dropped before each, fsync inside each timing, the median of three. The goal of the import: at
+least half the speed of ``cp --reflink=never``, anonymous memory under 2 GiB + the three largest
+source tensors.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def main() -> None:
     if options.through:
         through_transformers(*options.through)
         return
-    source, output, copy = (options.directory / name for name in ("source", "output", "copy"))
+    names = ("source", "output", "copy", "exported")
+    source, output, copy, exported = (options.directory / name for name in names)
     shutil.rmtree(options.directory, ignore_errors=True)
     plugin = Registry().get(options.plugin).plugin
     assert plugin is not None
@@ -66,9 +68,13 @@ def main() -> None:
     ours = [sys.executable, "-m", "autodeco", "import", "--plugin", options.plugin]
     ours += ["--preset", "auto", "--model", str(source), "--format", "torch_dist"]
     ours += ["--output", str(output)]
-    imports, copies = [], []
+    back = [sys.executable, "-m", "autodeco", "export", "--target", "hf", "--preset", "auto"]
+    back += ["--plugin", options.plugin, "--input", str(output), "--output", str(exported)]
+    imports, exports, copies = [], [], []
     for _ in range(options.runs):
         imports.append(disk.run_child(ours, clear))
+        exports.append(disk.run_child(back, lambda: None))
+        shutil.rmtree(exported)
         clear()
         copies.append(disk.copy_seconds(source, copy))
     seconds = [run.seconds for run in imports]
@@ -78,6 +84,10 @@ def main() -> None:
     largest = sorted((info.size for info in read_checkpoint(source).values()), reverse=True)[:3]
     peak = max(run.peak_anonymous for run in imports)
     print(f"anonymous {peak / 2**30:.2f} GiB; bound {2 + sum(largest) / 2**30:.2f} GiB")
+    back_seconds = [run.seconds for run in exports]
+    print(disk.summary("autodeco export --target hf", back_seconds, size))
+    print(f"speed: {median(copies) / median(back_seconds):.2f} of cp's")
+    print(f"anonymous {max(run.peak_anonymous for run in exports) / 2**30:.2f} GiB")
     if options.transformers:
         through = [sys.executable, __file__, "--directory", "-", "--through"]
         other = disk.run_child([*through, str(source), str(output)], clear)
