@@ -130,6 +130,9 @@ def remove_leftovers(place: Path) -> None:
     """What could not be deleted has lost its name; no later start of a finished run removes it."""
     for path in place.glob("out/*/*/checkpoints/.*.old.partial"):
         shutil.rmtree(path)
+    for pattern in (".autodeco-link.*.partial", ".merged.lock"):
+        for path in place.glob(f"out/*/*/{pattern}"):
+            path.unlink()
 
 
 def collect(crash: Crash, tasks: Sequence[Any], one: Any) -> None:

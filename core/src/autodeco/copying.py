@@ -45,12 +45,21 @@ def share_file(source: Path, target: Path) -> Literal["hardlink", "reflink"] | N
 
     Returns:
         How it was done: a hard link or a reflink (copy on write); None: the filesystem can neither.
+
+    Raises:
+        EnvironmentProblem: It could, were it not full or read-only.
     """
     source = source.resolve()
-    with contextlib.suppress(OSError):
+    try:
         os.link(source, target)
         return "hardlink"
-    return "reflink" if reflink(source, target) else None
+    except OSError as error:
+        problem = error
+    if reflink(source, target):
+        return "reflink"
+    if problem.errno in _NOT_WRITABLE:
+        raise write_problem(problem, target) from problem
+    return None
 
 
 def reflink(source: Path, target: Path) -> bool:
@@ -107,10 +116,8 @@ def require_sharing(sources: Iterable[Path], directory: Path, fix: str) -> None:
                 raise write_problem(error, directory) from error
             why = error.strerror or str(error)
         shared = not why or reflink(file, probe)
-        try:
+        with contextlib.suppress(OSError):  # the next probe here removes it
             probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise write_problem(error, directory) from error
         if not shared:
             raise EnvironmentProblem(
                 f"the weights in {file.parent} cannot be linked into {place} ({why}); to copy them "
