@@ -175,3 +175,11 @@ def test_one_of_several_checkpoints_must_be_named(tmp_path: Path) -> None:
             export("--input", source, "--output", tmp_path / "out", code=2)
         assert "step=20-last" in str(error.value.fix)
     assert weights_directory(run) is None
+
+
+def test_a_directory_that_is_not_there_is_said_to_be_not_there(tmp_path: Path) -> None:
+    command = ["export", "--input", str(tmp_path / "none"), "--output", str(tmp_path / "h")]
+    error = CliRunner().invoke(cli, command).exception
+    assert isinstance(error, WeightsError) and "no such checkpoint" in str(error)
+    assert str(tmp_path / "none") in str(error)
+    assert not (tmp_path / "h").exists()

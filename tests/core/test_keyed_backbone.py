@@ -151,7 +151,7 @@ def test_files_keep_together_what_is_made_of_the_same_targets(tmp_path: Path, li
     count = len(sizes)
     expected = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     assert names == (expected if count > 1 else ["model.safetensors"])
-    assert plan.index()["metadata"]["total_size"] == 128
+    assert plan.index["metadata"]["total_size"] == 128
     assert plan.count == 4
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from autodeco.errors import WeightsError
+
 HEADS_OPTIONS = ("checkpoint", "save_dtype", "temperature_scale", "top_p_scale", "model")
 BACKBONE_OPTIONS = ("plugin", "preset", "model")
 
@@ -23,6 +25,9 @@ def export_heads(
 
     Returns:
         What was done.
+
+    Raises:
+        WeightsError: There is no such checkpoint, or no heads are in it.
     """
     from autodeco.convert.adapter_heads import (
         known_base,
@@ -34,6 +39,8 @@ def export_heads(
     from autodeco.heads.identity import base_identity, check_fit
     from autodeco.training.checkpoint import STATE, find_checkpoint, list_checkpoints
 
+    if not source.exists():
+        raise WeightsError("no such checkpoint", where=str(source), fix="check --input")
     model: Path | None = values["model"]
     weights = None if (source / STATE).exists() else weights_directory(source)
     if weights is not None:

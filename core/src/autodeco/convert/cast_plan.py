@@ -77,14 +77,6 @@ class CastPlan:
         """Returns how many tensors there are."""
         return sum(len(shard.tensors) for shard in self.shards)
 
-    def index(self) -> dict[str, Any]:
-        """Returns the new index."""
-        spans = [span for shard in self.shards for span in shard.plan.tensors.values()]
-        return {
-            "metadata": {"total_size": sum(span.size for span in spans)},
-            "weight_map": {name: s.file for s in self.shards for name in sorted(s.plan.tensors)},
-        }
-
 
 def plan_cast(
     source: Path,

@@ -16,15 +16,14 @@ from rich.console import Console
 
 from autodeco.convert.cast_plan import CHUNK_BYTES, CONFIG, CastPlan, CastShard, chunks, plan_cast
 from autodeco.convert.direct_reader import DirectReader
-from autodeco.convert.shard_writer import ShardWriter, is_whole
+from autodeco.convert.shard_writer import ShardWriter, index_of, is_whole
 from autodeco.convert.shards import StoredTensor
 from autodeco.convert.small_files import copy_files
 from autodeco.convert.source import checkpoint_digest
 from autodeco.convert.workers import BytesProgress, Task, default_workers, run_tasks
-from autodeco.convert.working_directory import WorkingDirectory, was_made
+from autodeco.convert.working_directory import WorkingDirectory
 from autodeco.disk_space import require_space
 from autodeco.files import atomic_write_json
-from autodeco.heads.places import check_places
 from autodeco.safetensors_header import INDEX, SINGLE
 from autodeco.storage import StorageFormat
 
@@ -67,18 +66,13 @@ def cast_checkpoint(
     """
     plan = plan_cast(source, formats, who=who)
     digest = checkpoint_digest(source)
-    place, manifest = WorkingDirectory(output, "cast"), output / MANIFEST
-    if was_made(manifest, digest):
-        place.clear()
-        return plan
-    check_places(source, output)
-    lock = place.lock()
-    try:
-        if not was_made(manifest, digest):  # by another process, until this one had the lock
-            cast = _Cast(plan, place, digest, console or Console(stderr=True))
-            cast.run(DirectReader(source, formats, device=device), workers or default_workers())
-    finally:
-        lock.remove()
+    place = WorkingDirectory(output, "cast")
+
+    def work() -> None:
+        cast = _Cast(plan, place, digest, console or Console(stderr=True))
+        cast.run(DirectReader(source, formats, device=device), workers or default_workers())
+
+    place.make_once(MANIFEST, digest, source, work)
     return plan
 
 
@@ -127,7 +121,7 @@ class _Cast:
         result = self.place.result
         copy_files(self.plan.files, self.plan.source, result)
         if [shard.file for shard in self.plan.shards] != [SINGLE]:
-            atomic_write_json(result / INDEX, self.plan.index())
+            atomic_write_json(result / INDEX, index_of({s.file: s.plan for s in self.plan.shards}))
         atomic_write_json(result / CONFIG, self.plan.config)
         manifest = {"made_by": "autodeco cast", "version": 1, "source": self.digest}
         atomic_write_json(result / MANIFEST, manifest)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from autodeco.convert.direct_reader import TORCH_DTYPES
-from autodeco.convert.shard_writer import ShardPlan, plan_shard
+from autodeco.convert.shard_writer import ShardPlan, index_of, plan_shard
 from autodeco.errors import WeightsError
 from autodeco.safetensors_header import DTYPE_BYTES, SINGLE
 from autodeco.weights import BoundRule, BoundWeightMap, source_sizes
@@ -70,13 +70,10 @@ class ExportPlan:
         """Returns how many tensors there are."""
         return sum(len(shard.plan.tensors) for shard in self.shards)
 
+    @property
     def index(self) -> dict[str, Any]:
         """Returns the index; transformers reads it where there are several files."""
-        spans = [span for shard in self.shards for span in shard.plan.tensors.values()]
-        return {
-            "metadata": {"total_size": sum(span.size for span in spans)},
-            "weight_map": {name: s.file for s in self.shards for name in s.plan.tensors},
-        }
+        return index_of({shard.file: shard.plan for shard in self.shards})
 
 
 def plan_export(

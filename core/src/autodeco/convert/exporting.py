@@ -19,18 +19,14 @@ from autodeco.convert.operations import sources_from_targets
 from autodeco.convert.shard_writer import ShardWriter, is_whole
 from autodeco.convert.small_files import copy_files, small_files
 from autodeco.convert.workers import BytesProgress, MemoryGate, Task, default_workers, run_tasks
-from autodeco.convert.working_directory import WorkingDirectory, was_made
+from autodeco.convert.working_directory import WorkingDirectory
 from autodeco.disk_space import require_space
-from autodeco.files import (
-    atomic_write_json,
-)
-from autodeco.heads.places import check_places
+from autodeco.files import atomic_write_json
 from autodeco.resolution import read_config
 from autodeco.safetensors_header import INDEX, SINGLE
 
 #: What marks a directory as an export, and says of what and without what.
 MANIFEST = "export.json"
-_PLAN = "plan.json"
 # a group is held three times at most: as targets, as their parts, as the tensors of the result
 _MEMORY, _COPIES = 2 << 30, 3
 
@@ -67,23 +63,16 @@ def export_checkpoint(
         EnvironmentProblem: It cannot be written, or does not fit on the disk.
     """
     config = _exported_config(model)
-    parts = (backbone.digest(), json.dumps(config, sort_keys=True), json.dumps(plan.index()))
+    parts = (backbone.digest(), json.dumps(config, sort_keys=True), json.dumps(plan.index))
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    place, manifest = WorkingDirectory(output, "export"), output / MANIFEST
-    if was_made(manifest, digest):
-        place.clear()
-        return False
-    check_places(model, output)
-    lock = place.lock()
-    try:
-        if was_made(manifest, digest):  # by another process, until this one had the lock
-            return False
+    place = WorkingDirectory(output, "export")
+
+    def work() -> None:
         export = _Export(backbone, plan, place, digest, console or Console(stderr=True))
         export.run(workers or default_workers())
         export.finish(model, config)
-        return True
-    finally:
-        lock.remove()
+
+    return place.make_once(MANIFEST, digest, model, work)
 
 
 def _exported_config(model: Path) -> dict[str, Any]:
@@ -143,7 +132,7 @@ class _Export:
         files = (file for file in small_files(model) if str(file) not in (CONFIG, MANIFEST))
         copy_files(files, model, result)
         if [shard.file for shard in self.plan.shards] != [SINGLE]:
-            atomic_write_json(result / INDEX, self.plan.index())
+            atomic_write_json(result / INDEX, self.plan.index)
         atomic_write_json(result / CONFIG, config)
         manifest = {
             "made_by": "autodeco export",
@@ -153,6 +142,3 @@ class _Export:
         }
         atomic_write_json(result / MANIFEST, manifest)
         self.place.publish()
-
-
-__all__ = ["MANIFEST", "export_checkpoint"]

@@ -84,6 +84,13 @@ def plan_shard(
     return ShardPlan(header, places, len(header) + end)
 
 
+def index_of(shards: Mapping[str, ShardPlan]) -> dict[str, Any]:
+    """Returns the content of a checkpoint's index, from the plans of its files."""
+    size = sum(span.size for plan in shards.values() for span in plan.tensors.values())
+    table = {name: file for file, plan in shards.items() for name in plan.tensors}
+    return {"metadata": {"total_size": size}, "weight_map": table}
+
+
 def is_whole(path: Path, plan: ShardPlan) -> bool:
     """Whether a file of this plan is there; one under its own name was whole when it got it."""
     if not path.is_file() or path.stat().st_size != plan.size:

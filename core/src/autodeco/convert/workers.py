@@ -7,24 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from types import TracebackType
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, TransferSpeedColumn
+
+from autodeco.progress import TerminalBar
 
 #: A piece of work; returns the bytes that it has dealt with.
 Task = Callable[[], int]
-_MOST_WORKERS = (
-    8  # one more for each that waits for the disk; beyond, they only wait for each other
-)
+# one more for each that waits for the disk; beyond, they only wait for each other
+_MOST_WORKERS = 8
 _SECONDS = 30.0
 
 
@@ -68,7 +61,7 @@ def run_tasks(tasks: Iterable[Task], workers: int, progress: BytesProgress | Non
         torch.set_num_threads(before)
 
 
-class BytesProgress:
+class BytesProgress(TerminalBar):
     """A bar on a terminal; elsewhere a plain line now and then. Use it in a ``with`` block.
 
     Args:
@@ -82,36 +75,12 @@ class BytesProgress:
     def __init__(
         self, console: Console, what: str, total: int, done: int = 0, seconds: float = _SECONDS
     ) -> None:
+        counts = (DownloadColumn(binary_units=True), TransferSpeedColumn())
+        super().__init__(console, what, total, done, counts)
         self._console, self._what, self._seconds = console, what, seconds
         self._total, self._done, self._first = total, done, done
         self._began = self._last = time.monotonic()
         self._lock = threading.Lock()
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("  {task.description}"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(what, total=total, completed=done)
-
-    def __enter__(self) -> BytesProgress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def advance(self, size: int) -> None:
         """Counts `size` more bytes; threads may."""
@@ -120,8 +89,7 @@ class BytesProgress:
 
     def _show(self, size: int) -> None:
         self._done += size
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
+        if self.shown(completed=self._done):
             return
         now = time.monotonic()
         if now - self._last < self._seconds:

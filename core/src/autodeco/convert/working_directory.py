@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from autodeco.files import (
     remove,
     remove_partial,
 )
+from autodeco.heads.places import check_places
 from autodeco.lock import FileLock, forget_output_lock, output_lock
 
 _PLAN = "plan.json"
@@ -62,6 +63,37 @@ class WorkingDirectory:
         """
         make_directory(self.output.parent)
         return output_lock(self.output, f"the {self.what}")
+
+    def make_once(self, manifest: str, source: str, base: Path, work: Callable[[], object]) -> bool:
+        """Does the work under the lock, unless its output is there.
+
+        Args:
+            manifest: The file in the output that `was_made` reads.
+            source: The digest that it has when the work was done.
+            base: What is read; it and the output must not lie within one another.
+            work: Writes `result` and publishes it.
+
+        Returns:
+            Whether it was done now.
+
+        Raises:
+            UsageError: The output is something else, or lies within `base`.
+            RunError: Another process is at it.
+            EnvironmentProblem: It cannot be written.
+        """
+        made = self.output / manifest
+        if was_made(made, source):
+            self.clear()
+            return False
+        check_places(base, self.output)
+        lock = self.lock()
+        try:
+            if was_made(made, source):  # by another process, until this one had the lock
+                return False
+            work()
+            return True
+        finally:
+            lock.remove()
 
     def begin(self, plan: Mapping[str, Any], *folders: str) -> None:
         """Makes the directory, or takes over one that a killed process left of the same plan.

@@ -6,7 +6,7 @@ import time
 
 from rich.console import Console
 
-from autodeco.training.logging import TerminalBar
+from autodeco.progress import TerminalBar
 
 
 class AnswersLine(TerminalBar):

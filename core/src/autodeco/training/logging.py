@@ -9,14 +9,13 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autodeco.errors import EnvironmentProblem, RunError
 from autodeco.files import atomic_write_text, write_problem
+from autodeco.progress import TerminalBar
 
 METRICS = "metrics.jsonl"
 
@@ -177,53 +176,6 @@ def _tracker(track: str, directory: Path, config: dict[str, Any], step: int) -> 
         )
     except ImportError as error:
         raise _no_tracker(track, error.name or track) from error
-
-
-class TerminalBar:
-    """A rich bar where the console is a terminal, and nothing elsewhere.
-
-    Args:
-        console: Where it is drawn.
-        description: Before the bar.
-        total: Of what is counted; None: not known yet.
-        done: Of that, at the beginning.
-    """
-
-    def __init__(
-        self, console: Console, description: str, total: int | None, done: int = 0
-    ) -> None:
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("  {task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}"),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(description, total=total, completed=done)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def shown(self, **values: Any) -> bool:
-        """Moves the bar (completed, total, description); returns whether there is one."""
-        if self._bar is None:
-            return False
-        self._bar.update(self._task, **values)
-        return True
 
 
 class ProgressLine(TerminalBar):
